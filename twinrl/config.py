@@ -1,0 +1,257 @@
+"""Configuration: typed sections, one YAML file, `a.b=c` overrides. Unknown keys are refused with the nearest match."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from twinrl.core.errors import ConfigError
+
+
+class Section(BaseModel):
+    """A group of settings; immutable, and strict about names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TaskConfig(Section):
+    """What is learned."""
+
+    name: str = Field("pick-and-place", description="task, one of `twins.TASKS`")
+    cameras: tuple[str, ...] = Field(("side", "wrist"), description="cameras of the observation")
+    image_size: int = Field(64, ge=16, le=512, description="height and width of each image, pixels")
+    chunk: int = Field(4, ge=1, le=64, description="C, control steps in an action chunk")
+
+
+class RedisConfig(Section):
+    """Where the replay service keeps its index."""
+
+    url: str | None = Field(None, description="redis:// or unix:// address; embedded when absent")
+
+
+class RayConfig(Section):
+    """The cluster."""
+
+    address: str | None = Field(None, description="a running cluster's address; local when absent")
+    num_cpus: int | None = Field(None, ge=1, description="logical CPUs of a local cluster")
+    object_store_mb: int = Field(800, ge=80, description="local cluster's object store, MB")
+
+
+class ReplayConfig(Section):
+    """The replay service."""
+
+    flush: Literal["everysec", "always"] = Field("everysec", description="when payloads are synced")
+    samples_per_insert: float | None = Field(
+        None,
+        gt=0,
+        description="batch transitions sampled for each one inserted; no limit when absent",
+    )
+    min_size: int = Field(
+        0, ge=0, description="transitions that must be there before any is sampled"
+    )
+    twin_capacity_mb: int = Field(
+        600, ge=1, description="payload kept of source twin, MB; demo and real are never pushed out"
+    )
+
+
+class TwinsConfig(Section):
+    """Simulated twin environments."""
+
+    actors: int = Field(2, ge=1, description="Ray actors that roll out")
+    envs: int = Field(64, ge=1, description="environments in each actor")
+    randomisation: str = Field("full", description="domain randomisation in stage 2")
+    device: str = Field("cpu", description="renderer: cpu or cuda")
+
+
+class DemonstrationsConfig(Section):
+    """Demonstrations in the ID region."""
+
+    episodes: int = Field(30, ge=1, description="successful episodes to collect")
+    noise: float = Field(0.2, ge=0, description="execution noise; labels stay clean")
+
+
+class ExpansionConfig(Section):
+    """Exploration-space expansion: demonstrations re-targeted to placements all over the table."""
+
+    episodes: int = Field(150, ge=0, description="successful re-targeted twin episodes to collect")
+    noise: float = Field(0.2, ge=0, description="execution noise; labels stay clean")
+
+
+class PretrainConfig(Section):
+    """Vision encoder from labelled twin renders."""
+
+    scenes: int = Field(20_000, ge=64, description="labelled renders")
+    steps: int = Field(1500, ge=10, description="gradient steps")
+    options: dict[str, Any] = Field({}, description="of learner.algorithms.pretrain")
+
+
+class SftConfig(Section):
+    """Stage 1, and the baseline before it."""
+
+    steps: int = Field(1500, ge=1, description="gradient steps")
+    options: dict[str, Any] = Field({}, description="of learner.algorithms.sft")
+
+
+class TwinRlConfig(Section):
+    """Stage 2, PPOFlow in randomised twins."""
+
+    steps: int = Field(300_000, ge=0, description="control steps in all twins together")
+    round_chunks: int = Field(8, ge=1, description="chunks each environment runs for one update")
+    max_lag: int = Field(1, ge=0, description="policy versions that collection may run ahead")
+    action_noise: float = Field(
+        0.14, gt=0, description="rms of the exploration in normalised actions, whatever K is"
+    )
+    options: dict[str, Any] = Field({}, description="of learner.algorithms.ppoflow")
+
+
+class RealRlConfig(Section):
+    """Stage 3, off-policy RL on the arm with takeovers."""
+
+    robot_minutes: float = Field(8.0, ge=0, description="budget, in the robot's own time")
+    takeovers: int = Field(30, ge=0, description="takeovers a scripted operator may make")
+    updates_per_step: float = Field(0.5, gt=0, description="updates for each real control step")
+    publish_every: int = Field(50, ge=1, description="updates between published versions")
+    mix: dict[str, float] = Field(
+        {"demo": 0.25, "twin": 0.25, "real": 0.5}, description="batch shares by source"
+    )
+    mining_episodes: int = Field(128, ge=0, description="twin episodes that find failing starts")
+    batch_size: int = Field(256, ge=1, description="windows in a batch")
+    explore: bool = Field(False, description="add the noise head's exploration on the arm")
+    max_steps: int = Field(100, ge=1, description="control steps of an episode, takeover included")
+    slow_after: int = Field(45, ge=1, description="steps after which the operator takes over")
+    options: dict[str, Any] = Field({}, description="of learner.algorithms.chunk_q")
+
+
+class EvaluationConfig(Section):
+    """Evaluation: the same resets after every stage."""
+
+    episodes: int = Field(200, ge=1, description="resets in each region and world")
+    worlds: tuple[str, ...] = Field(("twin", "real"), description="twin, real (the stand-in)")
+    seed: int = Field(777_000, description="draws the resets; disjoint from training")
+
+
+class GatewayConfig(Section):
+    """What outside members dial."""
+
+    host: str = Field("127.0.0.1", description="interface to listen on")
+    port: int = Field(0, ge=0, le=65535, description="TCP port, 0 picks a free one")
+
+
+class StandInConfig(Section):
+    """The simulated arm that stands in for a real one."""
+
+    attach: bool = Field(True, description="attach one from this machine in stage 3")
+    speed: float = Field(6.0, gt=0, description="its clock, 1 = real time")
+    operator: Literal["scripted", "none"] = Field("scripted", description="who takes over")
+
+
+class DashboardConfig(Section):
+    """The page."""
+
+    host: str = Field("127.0.0.1", description="interface to listen on")
+    port: int = Field(8265, ge=0, le=65535, description="TCP port, 0 picks a free one")
+
+
+class LearnerConfig(Section):
+    """The learner's process."""
+
+    device: str = Field("auto", description="cpu: reserve no GPU; else one if Ray has any")
+    threads: int = Field(
+        0, ge=0, description="torch threads, 0 = the cores that the twin actors leave"
+    )
+
+
+class Config(Section):
+    """A job."""
+
+    name: str = Field("demo", pattern=r"^[A-Za-z0-9._-]+$", description="the run's name")
+    seed: int = Field(0, ge=0, description="of everything drawn")
+    runs: str = Field("runs", description="folder of runs; shared by all hosts of a cluster")
+    services_host: str = Field(
+        "127.0.0.1", description="this machine's address for actors on other hosts of a cluster"
+    )
+    task: TaskConfig = TaskConfig()
+    redis: RedisConfig = RedisConfig()
+    ray: RayConfig = RayConfig()
+    replay: ReplayConfig = ReplayConfig()
+    twins: TwinsConfig = TwinsConfig()
+    policy: dict[str, Any] = Field({}, description="of policies.registry.make_policy")
+    learner: LearnerConfig = LearnerConfig()
+    demonstrations: DemonstrationsConfig = DemonstrationsConfig()
+    expansion: ExpansionConfig = ExpansionConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    sft: SftConfig = SftConfig()
+    twin_rl: TwinRlConfig = TwinRlConfig()
+    real_rl: RealRlConfig = RealRlConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    stand_in: StandInConfig = StandInConfig()
+    dashboard: DashboardConfig = DashboardConfig()
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read `path` and apply `section.key=value` overrides (values are YAML)."""
+    try:
+        data = yaml.safe_load(Path(path).read_text()) or {}
+    except FileNotFoundError:
+        raise ConfigError(f"no configuration file {path}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(
+            f"{path} must hold settings as `section: ...`, not a {type(data).__name__}"
+        )
+    for override in overrides:
+        _apply(data, override)
+    return make_config(data, str(path))
+
+
+def make_config(data: dict[str, Any], origin: str = "configuration") -> Config:
+    """Config from nested dicts; ConfigError lists every problem at once."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors()]
+    raise ConfigError(f"{origin}: " + "; ".join(problems))
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved configuration as YAML that `load_config` reads back."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _apply(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    *parents, last = key.split(".")
+    node = data
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise ConfigError(f"override {override!r}: {parent!r} holds a value, not a section")
+    node[last] = yaml.safe_load(text)
+
+
+def _explain(problem: Any) -> str:
+    where = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] != "extra_forbidden":
+        return f"{where}: {problem['msg']} (got {problem.get('input')!r})"
+    *parents, name = problem["loc"]
+    names = _known_names(parents)
+    nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f"did you mean {'.'.join([*map(str, parents), nearest[0]])!r}?" if nearest else ""
+    return f"unknown key {where!r}; {hint or 'known: ' + ', '.join(names)}"
+
+
+def _known_names(parents: Sequence[Any]) -> list[str]:
+    model: Any = Config
+    for parent in parents:
+        annotation = model.model_fields[parent].annotation
+        model = next((t for t in (annotation, *get_args(annotation)) if isinstance(t, type)), model)
+    return list(model.model_fields)

@@ -1,0 +1,86 @@
+"""The command line. Each command names a "module:function", so a role loads only what it needs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+from twinrl import __version__
+from twinrl.core.errors import TwinRLError
+from twinrl.parent import die_with_parent
+
+PACKAGES = (
+    "twins", "policies", "buffer_service", "actors", "learner", "robot_bridge", "dashboard", "deploy",
+)  # fmt: skip
+
+COMMANDS = {
+    "launch": ("deploy.launch:command", "start a job, or go on with one"),
+    "attach": ("robot_bridge.attach:main", "attach a robot to a running job"),
+    "dashboard": ("dashboard.server:command", "show the page of a run, also of a finished one"),
+    "status": ("dashboard.status:command", "show a run's figures on the terminal"),
+    "eval": ("deploy.evaluation:command", "measure the success of a checkpoint"),
+    "doctor": ("deploy.doctor:command", "check this machine and say how to mend what is missing"),
+    "serve": ("deploy.roles:command", None),  # internal: one process of a job
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit code. Deliberate errors are printed without a traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="twinrl",
+        description="Turn a robot's digital twin into a robot that works.",
+        epilog="examples:\n"
+        "  twinrl launch configs/demo.yaml\n"
+        "  twinrl launch configs/demo.yaml twin_rl.steps=100000 name=short\n"
+        "  twinrl attach --robot sim --name arm --url tcp://127.0.0.1:7447"
+        " --key runs/demo/keys/robot.key\n"
+        "  twinrl status demo --watch\n"
+        "`twinrl COMMAND --help` has more.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"twinrl {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, (_, text) in COMMANDS.items():
+        options = {} if text is None else {"help": text}
+        commands.add_parser(name, add_help=False, **options)
+    arguments, rest = parser.parse_known_args(argv[:1])
+    if arguments.command is None:
+        parser.print_help()
+        return 2
+    try:
+        die_with_parent()
+        _guard_packages()
+        module, function = COMMANDS[arguments.command][0].split(":")
+        return getattr(importlib.import_module(module), function)(rest + argv[1:]) or 0
+    except TwinRLError as error:
+        print(f"twinrl {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `twinrl status | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _guard_packages() -> None:
+    """Our top-level names are common words: refuse to run with another distribution's `learner`."""
+    home = Path(__file__).resolve().parent.parent
+    for name in PACKAGES:
+        spec = importlib.util.find_spec(name)
+        if spec is None:  # a robot PC has the light part only
+            continue
+        places = [Path(p).resolve().parent for p in spec.submodule_search_locations or ()]
+        if home not in places:
+            raise TwinRLError(
+                f"package {name!r} comes from {places or spec.origin}, not from {home}: another "
+                "distribution has the same name. Install TwinRL in a virtual environment of its own."
+            )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
