@@ -1,0 +1,113 @@
+"""On-policy consumption: a named cursor that gives every segment once and in order."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from buffer_service.entry import Entry
+from buffer_service.reader import Reader
+from twinrl.core.errors import DeadlineError
+from twinrl.core.segment import Segment
+
+
+class Cursor:
+    """A place in the order of insertion, kept by the service under `name`.
+
+    Call `commit` when the learner's checkpoint is written; after a restart it goes on behind the last commit.
+    What it passes by stays in the replay for off-policy use.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        name: str,
+        *,
+        source: str | None = "twin",
+        task: str | None = None,
+        position: int | None = None,
+    ) -> None:
+        """`position`: start here instead of where the last commit stands (a checkpoint's own record)."""
+        self._reader, self.name, self._filter = reader, name, (source, task)
+        kept = reader.call("cursor_read", {"name": name}, reader.deadline)
+        self.position = kept["position"] if position is None else position
+        self.counts = {key: kept.get(key, 0) for key in ("taken", "skipped", "evicted")}
+
+    def take(
+        self,
+        *,
+        min_segments: int = 1,
+        max_transitions: int | None = None,
+        current_version: int | None = None,
+        max_lag: int | None = None,
+        timeout: float = 30.0,
+    ) -> list[Segment]:
+        """The next segments, at least `min_segments`, up to `max_transitions` (but one at least).
+
+        Those whose oldest step lags `current_version` by more than `max_lag` versions are skipped and counted.
+        """
+        end = time.monotonic() + timeout
+        while True:
+            fresh, skipped = self._wait(
+                min_segments, current_version, max_lag, end - time.monotonic(), timeout
+            )
+            chosen, steps = [], 0
+            for entry in fresh:
+                steps += entry.steps
+                if chosen and max_transitions is not None and steps > max_transitions:
+                    break
+                chosen.append(entry)
+            segments = self._reader.load(chosen)
+            self.position = chosen[-1].id
+            here = [segment for segment in segments if segment is not None]
+            self.counts["skipped"] += sum(id < self.position for id in skipped)
+            self.counts["evicted"] += len(segments) - len(here)
+            self.counts["taken"] += len(here)
+            if here:
+                return here
+
+    def commit(self, deadline: float | None = None) -> None:
+        """Make position and counts durable."""
+        args = {"name": self.name, "values": {"position": self.position, **self.counts}}
+        self._reader.call(
+            "cursor_commit", args, self._reader.deadline if deadline is None else deadline
+        )
+
+    def stats(self) -> dict[str, Any]:
+        """Where it stands and what it took, skipped for lag, and lost to eviction."""
+        return {
+            "cursor/position": self.position,
+            **{f"cursor/{k}": v for k, v in self.counts.items()},
+        }
+
+    def _wait(
+        self,
+        least: int,
+        current: int | None,
+        max_lag: int | None,
+        left: float,
+        timeout: float,
+    ) -> tuple[list[Entry], list[int]]:
+        found: tuple[list[Entry], list[int]] = ([], [])
+
+        def enough() -> bool:
+            nonlocal found
+            fresh: list[Entry] = []
+            skipped: list[int] = []
+            for entry in self._reader.entries_after(self.position, *self._filter):
+                late = None not in (current, max_lag) and current - entry.version > max_lag
+                if late:
+                    skipped.append(entry.id)
+                else:
+                    fresh.append(entry)
+            found = (fresh, skipped)
+            return len(fresh) >= least
+
+        try:
+            self._reader.wait_for(enough, left, lambda: "")
+        except DeadlineError:
+            raise DeadlineError(
+                f"cursor {self.name!r} waited {timeout:g} s for {least} segments behind "
+                f"{self.position}: {len(found[0])} are there, {len(found[1])} lag too far"
+            ) from None
+        return found

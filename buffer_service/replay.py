@@ -1,0 +1,394 @@
+"""The replay service's methods: take segments in, keep them, say who may sample what.
+
+Three threads: the server's (requests, one after the other), the committer's (one Redis transaction for all that
+came in meanwhile, then the acknowledgements) and the ticker's (syncs once a second, ends long polls).
+Every field of the store is touched under one lock.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from buffer_service import embedded_redis
+from buffer_service.embedded_redis import RedisError
+from buffer_service.entry import Entry
+from buffer_service.limiter import ONLINE, RateLimiter
+from buffer_service.polls import Polls
+from buffer_service.store import SCHEMA_CURE, FileStore
+from twinrl.core import wire
+from twinrl.core.errors import Rejected, TwinRLError
+from twinrl.core.segment import SOURCES, Schema, Segment, check
+from twinrl.core.sockets import Request, Server
+
+log = logging.getLogger(__name__)
+TICK = 0.1  # s
+MAX_ENTRIES = 1000  # in one answer
+MAX_FETCH_BYTES = 128 << 20
+
+
+class _Insert(NamedTuple):
+    """Work for the committer: a written payload, or (without entry) a repeat of one."""
+
+    entry: Entry | None
+    writer: str
+    future: Future
+
+
+class _Change(NamedTuple):
+    """Work for the committer: something in the store's fields is to be made durable."""
+
+    future: Future
+
+
+class Service:
+    """Answers the replay methods on a Server; `store` must be recovered already."""
+
+    def __init__(
+        self,
+        store: FileStore,
+        server: Server,
+        schema: Schema,
+        limiter: RateLimiter | None = None,
+        redis_again: Callable[[], embedded_redis.Redis] | None = None,
+    ) -> None:
+        """`redis_again()` connects to Redis anew after it was away, and starts it if it is ours."""
+        self.store, self.server, self.schema = store, server, schema
+        self.limiter = limiter or RateLimiter()
+        self._redis_again = redis_again
+        self._lock = threading.RLock()
+        self._work: queue.SimpleQueue[_Insert | _Change | None] = queue.SimpleQueue()
+        self._polls = Polls(self._lock)
+        self._sessions: dict[str, str] = {}
+        self._boot = format(time.time_ns(), "x")  # readers start over when it changes
+        self._evicted_to = 0  # every twin segment up to this id is gone
+        self._stop = threading.Event()
+        self.failure: Exception | None = None  # what ended the committer
+        self._redis_down = ""
+        self._rates = {
+            "inserts": 0,
+            "samples": 0,
+            "bytes": 0,
+            "repeats": 0,
+            "time": time.monotonic(),
+        }
+        self._restore_limiter()
+        for method in (
+            *("hello", "insert", "index", "fetch", "permit"),
+            *("cursor_read", "cursor_commit", "info"),
+        ):
+            server.bind(method, getattr(self, method))
+        self._committer = threading.Thread(target=self._commit_loop, name="committer", daemon=True)
+        self._ticker = threading.Thread(target=self._tick_loop, name="ticker", daemon=True)
+
+    def start(self) -> Service:
+        """Begin to serve."""
+        self._committer.start()
+        self._ticker.start()
+        self.server.start()
+        return self
+
+    def close(self) -> None:
+        """Stop serving; what came in is committed and durable then."""
+        self.server.close()
+        self._stop.set()
+        self._work.put(None)
+        for thread in (self._ticker, self._committer):
+            thread.join(30)
+
+    # Methods, each called in the server's thread.
+
+    def hello(self, request: Request) -> dict[str, Any]:
+        """Compare protocol and schema; tell a writer its last numbers, a reader where the files lie."""
+        args = request.args
+        if args.get("protocol") != wire.PROTOCOL:
+            raise Rejected(
+                f"replay speaks protocol {wire.PROTOCOL}, you {args.get('protocol')!r}: "
+                "install the same TwinRL version on both sides"
+            )
+        digest = args.get("digest")
+        if digest is not None and digest != self.schema.digest():
+            raise Rejected(
+                f"replay holds segments of schema {self.schema.digest()} {tuple(self.schema)}, yours is "
+                f"{digest}: {SCHEMA_CURE}"
+            )
+        answer = {
+            "schema": list(self.schema),
+            "host": socket.gethostname(),
+            "folder": str(self.store.folder),
+            "token": self.store.token,
+        }
+        writer, session = args.get("writer"), args.get("session")
+        if writer is not None:
+            with self._lock:
+                if not args.get("probe"):
+                    self._sessions[writer] = session
+                self._check_session(writer, session)
+                answer["appended"] = self.store.appended.get(writer, -1)
+                answer["committed"] = self.store.committed.get(writer, -1)
+        return answer
+
+    def insert(self, request: Request) -> Future | dict[str, Any]:
+        """Take a segment; acknowledged when it is durable. Repeats are dropped, gaps are refused."""
+        header = request.args["header"]
+        segment = Segment(header, request.arrays)
+        check(segment, self.schema)
+        writer, sequence = header["writer"], header["sequence"]
+        oldest = request.args.get("oldest", sequence)  # the writer knows all before as acknowledged
+        future: Future = Future()
+        with self._lock:
+            self._check_session(writer, request.args.get("session"))
+            last = self.store.appended.get(writer, -1)
+            if sequence <= last:
+                self._rates["repeats"] += 1
+                self._work.put(_Insert(None, writer, future))
+            elif sequence == last + 1 or sequence == oldest:
+                try:
+                    entry = self.store.append(segment)
+                except OSError as error:
+                    raise TwinRLError(
+                        f"replay cannot write {self.store.folder}: {error}; make room there"
+                    ) from None
+                self._work.put(_Insert(entry, writer, future))
+            else:
+                # Overtaken by a later one while the service was away: take them in order only.
+                return {"refused": True, "expected": max(last + 1, oldest)}
+        return future
+
+    def index(self, request: Request) -> Future:
+        """Entries with an id above `after`, waiting up to `wait` s for one."""
+        args = request.args
+        after, sampled = args.get("after", 0), args.get("sampled", 0)
+        if sampled:
+            with self._lock:
+                self._count_samples(sampled)
+
+        def ready(late: bool) -> dict[str, Any] | None:
+            entries = self._entries_after(after)
+            known = (self._boot, self._evicted_to)
+            if not entries and not late and known == (args.get("boot"), args.get("evicted_to")):
+                return None
+            return {"entries": entries, "boot": self._boot, "evicted_to": self._evicted_to}
+
+        return self._polls.add(ready, float(request.args.get("wait", 0.0)))
+
+    def fetch(self, request: Request) -> tuple[dict[str, Any], wire.Arrays]:
+        """Whole records by id, for readers on other hosts. `missing` were evicted; ask again for the rest."""
+        records, missing, total = {}, [], 0
+        with self._lock:
+            for id in request.args["ids"][: wire.MAX_ARRAYS]:
+                entry = self.store.entries.get(id)
+                if entry is None:
+                    missing.append(id)
+                    continue
+                if total and total + entry.length > MAX_FETCH_BYTES:
+                    break
+                total += entry.length
+                records[str(id)] = np.frombuffer(self.store.raw(entry), np.uint8)
+        return {"missing": missing}, records
+
+    def permit(self, request: Request) -> Future:
+        """Ask the limiter for `sample` transitions (0: whether inserting may go on), waiting up to `wait` s."""
+        transitions = int(request.args.get("sample", 0))
+
+        def ready(late: bool) -> dict[str, Any] | None:
+            why_not = reason()
+            if why_not and not late:
+                return None
+            if not why_not and not self.limiter.open:
+                self._count_samples(transitions)
+            return {"granted": not why_not, "reason": why_not, "open": self.limiter.open}
+
+        def reason() -> str:
+            return (
+                self.limiter.why_not_sample(transitions)
+                if transitions
+                else self.limiter.why_not_insert()
+            )
+
+        with self._lock:
+            reason()  # Rejected, if it can never be granted
+        wait, who = float(request.args.get("wait", 0.0)), request.args.get("who", "somebody")
+        return self._polls.add(ready, wait, who, reason)
+
+    def cursor_read(self, request: Request) -> dict[str, Any]:
+        """A named cursor as last committed; one that nobody committed stands at 0."""
+        with self._lock:
+            return dict(self.store.cursors.get(request.args["name"], {"position": 0}))
+
+    def cursor_commit(self, request: Request) -> Future:
+        """Set a named cursor: `position` and the counts `taken`, `skipped`, `evicted`, durable when answered."""
+        values = {key: int(value) for key, value in request.args["values"].items()}
+        future: Future = Future()
+        with self._lock:
+            self.store.cursors[request.args["name"]] = values
+            self._work.put(_Change(future))
+        return future
+
+    def info(self, request: Request) -> dict[str, Any]:
+        """Sizes by source, task and region, and the statistics."""
+        sizes: dict[str, dict[str, int]] = {}
+        with self._lock:
+            for entry in self.store.entries.values():
+                key = f"{entry.source}/{entry.task}/{entry.region}"
+                size = sizes.setdefault(key, {"segments": 0, "transitions": 0, "bytes": 0})
+                size["segments"] += 1
+                size["transitions"] += entry.steps
+                size["bytes"] += entry.length
+            return {
+                "sizes": sizes,
+                "counters": dict(self.store.counters),
+                "cursors": dict(self.store.cursors),
+                "writers": dict(self.store.committed),
+                "waiting": self._waiting(),
+                "stats": self._sizes(),
+            }
+
+    def stats(self) -> dict[str, Any]:
+        """Sizes, rates since the last call, and who waits for what."""
+        with self._lock:
+            now, before = time.monotonic(), self._rates
+            self._rates = dict.fromkeys(before, 0) | {"time": now}
+            seconds = max(now - before["time"], 1e-6)
+            waiting = self._waiting()
+            return {
+                **self._sizes(),
+                "replay/inserts_per_s": before["inserts"] / seconds,
+                "replay/samples_per_s": before["samples"] / seconds,
+                "replay/insert_bytes_per_s": before["bytes"] / seconds,
+                "replay/repeats": before["repeats"],
+                "replay/waiting": len(waiting),
+                "replay/waiting_for": "; ".join(waiting),
+            }
+
+    # What the three threads share.
+
+    def _sizes(self) -> dict[str, Any]:
+        sizes: dict[str, Any] = {
+            "replay/segments": len(self.store.entries),
+            "replay/bytes": sum(self.store.bytes.values()),
+        }
+        for source in SOURCES:
+            sizes[f"replay/transitions/{source}"] = self.store.transitions[source]
+        return sizes
+
+    def _waiting(self) -> list[str]:
+        return self._polls.waiting() + ([self._redis_down] if self._redis_down else [])
+
+    def _check_session(self, writer: str, session: str | None) -> None:
+        if session is None:
+            return
+        if self._sessions.setdefault(writer, session) != session:
+            raise Rejected(
+                f"the writer name {writer!r} was taken over by a newer process: "
+                "give every writer a name of its own"
+            )
+
+    def _restore_limiter(self) -> None:
+        counters = self.store.counters
+        self.limiter.inserted = sum(counters[f"inserted/{source}"] for source in ONLINE)
+        self.limiter.sampled = counters["sampled"]
+
+    def _count_samples(self, transitions: int) -> None:
+        self.limiter.sampled += transitions
+        self.store.counters["sampled"] = self.limiter.sampled
+        self._rates["samples"] += transitions
+
+    def _entries_after(self, after: int) -> list[Entry]:
+        entries = []
+        for id in reversed(self.store.entries):  # newest first: a follower wants the last few
+            if id <= after:
+                break
+            entries.append(self.store.entries[id])
+        return entries[::-1][:MAX_ENTRIES]
+
+    def _tick_loop(self) -> None:
+        last = time.monotonic()
+        while not self._stop.wait(TICK):
+            self._polls.answer()
+            if time.monotonic() - last >= 1.0:
+                last = time.monotonic()
+                self._work.put(_Change(Future()))  # the sample count
+                try:
+                    self.store.flush()
+                except OSError as error:
+                    log.error("segment files cannot be synced: %s", error)
+
+    def _commit_loop(self) -> None:
+        try:
+            running = True
+            while running:
+                group = [self._work.get()]
+                while not self._work.empty():
+                    group.append(self._work.get())
+                work = [each for each in group if each is not None]
+                running = len(work) == len(group)
+                if work:
+                    self._commit(work)
+            # Here, because a Redis restarted by this thread ends with it.
+            self.store.close()
+        except RedisError as error:
+            log.error("Redis is away at the end (%s); the next start reads the headers", error)
+        except Exception as error:
+            log.exception("the committer failed")
+            self.failure = error
+
+    def _commit(self, work: list[_Insert | _Change]) -> None:
+        entries = [each.entry for each in work if isinstance(each, _Insert) and each.entry]
+        with self._lock:
+            evicted = self.store.evictions(entries)
+            self.store.count(entries)
+        while True:
+            try:
+                self.store.commit(entries, evicted)
+                break
+            except RedisError as error:
+                if not self._wait_for_redis(error):
+                    raise
+        with self._lock:
+            self.store.publish(entries, evicted)
+            steps = sum(entry.steps for entry in entries)
+            self.limiter.inserted += sum(e.steps for e in entries if e.source in ONLINE)
+            self._rates["inserts"] += steps
+            self._rates["bytes"] += sum(entry.length for entry in entries)
+            if evicted:
+                self._evicted_to = evicted[-1].id
+            hold = bool(self.limiter.why_not_insert())
+            committed = dict(self.store.committed)
+        for each in work:
+            if isinstance(each, _Change):
+                each.future.set_result({})
+                continue
+            acknowledged = each.entry.sequence if each.entry else committed[each.writer]
+            each.future.set_result(
+                {"acknowledged": acknowledged, "repeated": each.entry is None, "hold": hold}
+            )
+        if entries:
+            self._polls.answer()
+
+    def _wait_for_redis(self, error: Exception) -> bool:
+        """Until Redis answers again and knows everything; False when the service is to end."""
+        log.warning("Redis is away: %s", error)
+        since = time.monotonic()
+        while not self._stop.is_set():
+            self._redis_down = f"acknowledgements wait {time.monotonic() - since:.0f} s for Redis"
+            try:
+                if self._redis_again is not None:
+                    redis = self._redis_again()
+                    with self._lock:
+                        self.store.reconnect(redis)
+                    self._redis_down = ""
+                    log.warning("Redis is back after %.1f s", time.monotonic() - since)
+                    return True
+            except (RedisError, TwinRLError) as again:
+                log.info("Redis is still away: %s", again)
+            self._stop.wait(0.2)
+        return False

@@ -1,0 +1,137 @@
+"""The replay service's process: its Redis, its store, its socket, from start to clean end."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import json
+import logging
+import signal
+import threading
+from pathlib import Path
+
+from buffer_service import embedded_redis
+from buffer_service.embedded_redis import EmbeddedRedis
+from buffer_service.limiter import RateLimiter
+from buffer_service.replay import Service
+from buffer_service.store import FLUSH_POLICIES, FileStore, Recovery
+from twinrl.core.errors import TwinRLError
+from twinrl.core.keys import Keys, create_keys
+from twinrl.core.metrics import Reporter
+from twinrl.core.segment import Schema
+from twinrl.core.sockets import Server
+
+log = logging.getLogger(__name__)
+
+
+def serve(
+    run_dir: str | Path,
+    address: str,
+    schema: Schema,
+    *,
+    redis_url: str = "",
+    run: str = "",
+    capacity: int | None = None,
+    flush: str = "everysec",
+    limiter: RateLimiter | None = None,
+    metrics_address: str = "",
+    stop: threading.Event | None = None,
+) -> None:
+    """Serve the replay of the run in `run_dir` until SIGTERM, SIGINT or `stop`.
+
+    address: where to listen; "tcp://127.0.0.1:*" takes a free port, and the same one after a restart. What was
+    taken is written to `run_dir/replay/address` once the service is ready, and printed.
+    redis_url: "" starts the run's own Redis in `run_dir/redis`. run: the prefix of its keys in Redis, by default
+    the folder's name. capacity: bytes of twin segments to keep. metrics_address: the collector's.
+    """
+    run_dir = Path(run_dir).resolve()
+    folder = run_dir / "replay"
+    folder.mkdir(parents=True, exist_ok=True)
+    create_keys(run_dir / "keys")
+    stop = stop or threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: stop.set())
+    with (folder / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TwinRLError(f"another replay service is already serving {run_dir}") from None
+        embedded = None if redis_url else EmbeddedRedis(run_dir / "redis", fsync=flush)
+
+        def redis_again() -> embedded_redis.Redis:
+            if embedded is None:
+                return embedded_redis.connect(redis_url)
+            return embedded.connect() if embedded.alive() else embedded.start()
+
+        try:
+            store = FileStore(folder, redis_again(), run or run_dir.name, schema, capacity, flush)
+            _report(store.recover())
+            server = _listen(address, folder / "address", run_dir / "keys")
+            service = Service(store, server, schema, limiter, redis_again).start()
+            reporter = None
+            if metrics_address:
+                keys = Keys.load(run_dir / "keys" / "cluster.key")
+                reporter = Reporter(metrics_address, keys, "replay", "replay", service.stats)
+            print(f"replay ready at {server.address}", flush=True)
+            while not stop.wait(0.5) and service.failure is None:
+                pass
+            service.close()
+            if reporter is not None:
+                reporter.close()
+            if service.failure is not None:
+                raise service.failure
+        finally:
+            if embedded is not None:
+                embedded.stop()
+
+
+def _listen(address: str, note: Path, keys: Path) -> Server:
+    allowed = {Keys.load(keys / f"{role}.key").public: role for role in ("cluster", "server")}
+    own = Keys.load(keys / "server.key")
+    server = None
+    if address.endswith(":*") and note.exists():  # clients look for us where we were
+        with contextlib.suppress(TwinRLError):
+            server = Server("replay", note.read_text(), own, allowed)
+    server = server or Server("replay", address, own, allowed)
+    temporary = note.with_suffix(".tmp")
+    temporary.write_text(server.address)
+    temporary.replace(note)
+    return server
+
+
+def _report(recovery: Recovery) -> None:
+    if recovery.segments or recovery.lost:
+        log.info("replay starts with %d segments", recovery.segments)
+    if recovery.reindexed:
+        log.info("indexed %d segments that had no index entry yet", recovery.reindexed)
+    for entry in recovery.lost:
+        log.error(
+            "lost: segment %d (%s, writer %s number %d, %d steps) is in the index, its bytes are gone",
+            *(entry.id, entry.source, entry.writer, entry.sequence, entry.steps),
+        )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Command line of the service; `deploy` calls `serve` instead."""
+    parser = argparse.ArgumentParser(prog="buffer_service.service", description=__doc__)
+    parser.add_argument("--run-dir", required=True)
+    parser.add_argument("--schema", required=True, help="the Schema's fields as a JSON list")
+    parser.add_argument("--address", default="tcp://127.0.0.1:*")
+    parser.add_argument("--redis-url", default="", help="default: a Redis of the run's own")
+    parser.add_argument("--run", default="", help="prefix of the keys in Redis")
+    parser.add_argument("--capacity", type=int, help="bytes of twin segments to keep")
+    parser.add_argument("--flush", default="everysec", choices=FLUSH_POLICIES)
+    parser.add_argument("--limiter", default="{}", help="the RateLimiter's arguments as JSON")
+    parser.add_argument("--metrics-address", default="")
+    options = vars(parser.parse_args(arguments))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
+    state, privileged, cameras, *rest = json.loads(options.pop("schema"))
+    options["schema"] = Schema(state, privileged, tuple(cameras), *rest)
+    options["limiter"] = RateLimiter(**json.loads(options["limiter"]))
+    serve(options.pop("run_dir"), options.pop("address"), options.pop("schema"), **options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""The writing side: numbers segments, keeps each until it is acknowledged, sends again what was lost."""
+
+from __future__ import annotations
+
+import collections
+import secrets
+import threading
+import time
+from concurrent.futures import Future
+from typing import Any
+
+from twinrl.core import wire
+from twinrl.core.errors import DeadlineError, Rejected, TwinRLError
+from twinrl.core.keys import Keys
+from twinrl.core.segment import Schema, Segment, check
+from twinrl.core.sockets import Client
+
+PROBE_SECONDS = 1.0  # without progress for so long, ask what arrived
+RETRY_SECONDS = 1.0  # pause after the service refused for now (its disk is full)
+HELLO_SECONDS = 2.0  # one try of many
+
+
+def greet(client: Client, args: dict[str, Any], deadline: float) -> dict[str, Any]:
+    """The service's answer to `hello`, tried until `deadline` s are over; Rejected says what does not fit."""
+    end = time.monotonic() + deadline
+    while True:
+        try:
+            answer, _ = client.call(
+                "hello", {"protocol": wire.PROTOCOL, **args}, timeout=min(HELLO_SECONDS, deadline)
+            )
+            return answer
+        except DeadlineError:
+            if time.monotonic() >= end:
+                raise DeadlineError(
+                    f"no replay service answered at {client.address} within {deadline:g} s: is it running, "
+                    "and is the key of this run?"
+                ) from None
+
+
+class _Item:
+    """A segment on its way."""
+
+    def __init__(self, sequence: int, segment: Segment) -> None:
+        self.sequence, self.segment, self.nbytes = sequence, segment, segment.nbytes
+        self.future: Future | None = None
+
+
+class Writer:
+    """Sends one stream of segments, each exactly once and in order, whatever happens to the service.
+
+    Thread-safe. The arrays given to `write` must not change until they are acknowledged: they are not copied.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        keys: Keys,
+        writer: str,
+        *,
+        schema: Schema,
+        window: int = 16,
+        queue_bytes: int = 256 << 20,
+        deadline: float = 30.0,
+    ) -> None:
+        """`writer`: a name that no other process writes under. At most `window` segments are under way and
+        `queue_bytes` unacknowledged; `deadline` (s) bounds the greeting, `write` and `flush`.
+        """
+        self.writer, self.schema, self.deadline = writer, schema, deadline
+        self._window, self._queue_bytes = window, queue_bytes
+        self._client = Client("replay", address, keys, timeout=deadline)
+        self._session = secrets.token_hex(8)
+        self._hello = {"digest": schema.digest(), "writer": writer, "session": self._session}
+        try:
+            answer = greet(self._client, self._hello, deadline)
+        except BaseException:
+            self._client.close()
+            raise
+        self._next = answer["appended"] + 1
+        self._queue: collections.deque[_Item] = collections.deque()  # oldest first
+        self._sent = 0  # so many at its left are under way
+        self._queued_bytes = 0
+        self._held = ""  # why the limiter holds us
+        self._trouble = ""  # what the service said last when it could not
+        self._failure: TwinRLError | None = None
+        self._probe: Any = None  # a Future with `since`
+        self._permit: Any = None
+        self._retry_at = self._progress = time.monotonic()
+        self._counts: collections.Counter[str] = collections.Counter()
+        self._blocked = 0.0
+        self._stop = False
+        self._changed = threading.Condition(threading.RLock())
+        self._thread = threading.Thread(target=self._run, name=f"writer {writer}", daemon=True)
+        self._thread.start()
+
+    def write(
+        self, header: dict[str, Any], columns: wire.Arrays, deadline: float | None = None
+    ) -> int:
+        """Queue a segment (header without writer and sequence); returns its number.
+
+        Blocks while the queue is full; DeadlineError after `deadline` s, and then the segment was not taken.
+        """
+        with self._changed:
+            header = {**header, "writer": self.writer, "sequence": self._next}
+            segment = Segment(header, columns)
+            check(segment, self.schema)
+            size = segment.nbytes
+            self._wait(
+                lambda: not self._queue or self._queued_bytes + size <= self._queue_bytes,
+                deadline,
+                "room in the queue",
+            )
+            item = _Item(self._next, segment._replace(header={**header, "sequence": self._next}))
+            if not self._queue:
+                self._progress = time.monotonic()
+            self._next += 1
+            self._queue.append(item)
+            self._queued_bytes += size
+            self._changed.notify_all()
+            return item.sequence
+
+    def flush(self, deadline: float | None = None) -> None:
+        """Wait until everything written is acknowledged; DeadlineError says what is not, and why."""
+        with self._changed:
+            self._wait(lambda: not self._queue, deadline, "acknowledgements")
+
+    def stats(self) -> dict[str, Any]:
+        """What is queued, done and waited for."""
+        with self._changed:
+            return {
+                "writer/queued_segments": len(self._queue),
+                "writer/queued_bytes": self._queued_bytes,
+                "writer/acknowledged": self._counts["acknowledged"],
+                "writer/resent": self._counts["resent"],
+                "writer/blocked_s": self._blocked,
+                "writer/waiting_for": self._reason() if self._queue else "",
+            }
+
+    def close(self, deadline: float | None = None) -> None:
+        """Flush and close. DeadlineError when something stays unacknowledged, which is lost then."""
+        try:
+            if not self._stop:
+                self.flush(deadline)
+        finally:
+            with self._changed:
+                self._stop = True
+                self._changed.notify_all()
+            self._client.close()
+            self._thread.join(5)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        self.close(None if kind is None else 0.0)
+
+    def _wait(self, condition: Any, deadline: float | None, what: str) -> None:
+        deadline = self.deadline if deadline is None else deadline
+        since = time.monotonic()
+        while True:
+            if self._failure is not None:
+                raise self._failure
+            if condition():
+                break
+            left = since + deadline - time.monotonic()
+            if left <= 0 or self._stop:
+                raise DeadlineError(
+                    f"writer {self.writer!r} waited {deadline:g} s for {what}: {len(self._queue)} segments "
+                    f"({self._queued_bytes} bytes) are not acknowledged; {self._reason()}"
+                )
+            self._changed.wait(left)
+        self._blocked += time.monotonic() - since
+
+    def _reason(self) -> str:
+        silent = time.monotonic() - self._progress
+        if self._held:
+            return self._held
+        if self._trouble:
+            return self._trouble
+        return f"replay at {self._client.address} acknowledged nothing for {silent:.1f} s"
+
+    def _run(self) -> None:
+        with self._changed:
+            while not self._stop:
+                now = time.monotonic()
+                if self._sent and now - self._progress > PROBE_SECONDS:
+                    self._ask(now)
+                while now >= self._retry_at and self._may_send():
+                    self._send(self._queue[self._sent])
+                self._changed.wait(0.2 if self._queue else None)
+
+    def _may_send(self) -> bool:
+        if self._sent >= min(len(self._queue), self._window) or self._failure is not None:
+            return False
+        if not self._held or self._queue[self._sent].segment.header["source"] != "twin":
+            return True
+        if self._permit is None:
+            args = {"wait": 1.0, "who": f"writer {self.writer}"}
+            self._permit = self._submit("permit", args, None, self._permitted)
+        elif time.monotonic() - self._permit.since > 10:
+            self._client.forget(self._permit)
+            self._permit = None
+        return False
+
+    def _send(self, item: _Item) -> None:
+        args = {
+            "header": item.segment.header,
+            "oldest": self._queue[0].sequence,
+            "session": self._session,
+        }
+        item.future = self._submit(
+            "insert",
+            args,
+            item.segment.columns,
+            lambda future: self._answered(item, future),
+        )
+        self._sent += 1
+
+    def _ask(self, now: float) -> None:
+        """Ask what arrived. Requests of one connection are served in order, so the answer is exact."""
+        if self._probe is not None:
+            if now - self._probe.since < 2 * PROBE_SECONDS:
+                return
+            self._client.forget(self._probe)
+        args = {**self._hello, "protocol": wire.PROTOCOL, "probe": True}
+        self._probe = self._submit("hello", args, None, self._probed)
+
+    def _submit(self, method: str, args: dict, arrays: Any, done: Any) -> Any:
+        future: Any = self._client.submit(method, args, arrays)
+        future.since = time.monotonic()
+
+        def guarded(finished: Any) -> None:
+            with self._changed:
+                if not self._stop:
+                    done(finished)
+                    self._changed.notify_all()
+
+        # In the client's thread; should the answer be there already, in this one, which holds the lock.
+        future.add_done_callback(guarded)
+        return future
+
+    def _answered(self, item: _Item, future: Future) -> None:
+        if item.future is not None and item.future is not future:
+            return  # sent again meanwhile
+        if self._failed(future):
+            if self._failure is None:
+                self._retry_at = time.monotonic() + RETRY_SECONDS
+                self._resend_from(item.sequence)
+            return
+        result, _ = future.result()
+        self._trouble = ""
+        if result.get("refused"):
+            self._resend_from(result["expected"])
+            return
+        self._acknowledge(result["acknowledged"])
+        self._held = self._held or ("the limiter holds inserts" if result["hold"] else "")
+
+    def _probed(self, future: Future) -> None:
+        if future is not self._probe or self._failed(future):
+            return
+        self._probe = None
+        result, _ = future.result()
+        self._acknowledge(result["committed"])
+        self._progress = time.monotonic()
+        self._resend_from(result["appended"] + 1)
+
+    def _permitted(self, future: Future) -> None:
+        self._permit = None
+        if not self._failed(future):
+            result, _ = future.result()
+            self._held = result["reason"]
+
+    def _failed(self, future: Future) -> bool:
+        error = future.exception()
+        if isinstance(error, Rejected):
+            self._failure = error
+        elif error is not None:
+            self._trouble = str(error)
+        return error is not None
+
+    def _acknowledge(self, sequence: int) -> None:
+        while self._queue and self._queue[0].sequence <= sequence:
+            item = self._queue.popleft()
+            self._queued_bytes -= item.nbytes
+            self._sent = max(self._sent - 1, 0)
+            self._counts["acknowledged"] += 1
+            self._progress = time.monotonic()
+
+    def _resend_from(self, sequence: int) -> None:
+        """Take everything from `sequence` on as not sent."""
+        for place, item in enumerate(self._queue):
+            if place >= self._sent:
+                break
+            if item.sequence >= sequence:
+                for again in list(self._queue)[place : self._sent]:
+                    if again.future is not None:
+                        self._client.forget(again.future)
+                        again.future = None
+                    self._counts["resent"] += 1
+                self._sent = place
+                break
