@@ -1,0 +1,399 @@
+"""`TwinEnv`: N simulated twin environments behind the Env seam."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+from twinrl.env import ACTION_DIM, PRIVILEGED, STATE, ChunkStep, Observation, image_key
+from twins import kinematics, randomise, rotation, scene
+from twins.tasks.task import Snapshot, Task
+from twins.world import ARM, World
+
+MAX_SHIFT, MAX_TURN = 0.03, 0.2  # m and rad, the longest step of one action
+REACH, REACH_TURN = 0.15, 0.8  # m and rad, how far the commanded pose may lead the measured one
+BOX = np.array([(0.25, -0.42, 0.012), (0.78, 0.42, 0.5)])  # m, where the commanded tcp may go
+JOINT_NOISE = 0.06  # rad, standard deviation of the arm's start
+REGIONS = ("id", "ood", "all")
+
+STATE_NAMES = (
+    *("tcp_x", "tcp_y", "tcp_z"),
+    *("tcp_turn_x", "tcp_turn_y", "tcp_turn_z"),
+    "gripper_width",
+    *("lead_x", "lead_y", "lead_z", "lead_turn_x", "lead_turn_y", "lead_turn_z"),
+    *(f"last_action_{i}" for i in range(ACTION_DIM)),
+    *(f"earlier_action_{i}" for i in range(ACTION_DIM)),
+)
+
+
+def clip_action(action: np.ndarray) -> np.ndarray:
+    """`action` (..., 7) within the limits of one control step, directions kept."""
+    return np.concatenate(
+        [
+            rotation.clip_norm(action[..., :3], MAX_SHIFT),
+            rotation.clip_norm(action[..., 3:6], MAX_TURN),
+            np.clip(action[..., 6:], 0.0, 1.0),
+        ],
+        axis=-1,
+    )
+
+
+def state_vector(
+    now: Snapshot, target: np.ndarray, turn: np.ndarray, actions: np.ndarray
+) -> np.ndarray:
+    """`observation.state` (n, S) of measured poses, commanded poses and the last two actions (n, 2, 7).
+
+    Angles are rotation vectors in rad, `tcp_turn` from the hand pointing down; lengths are in m.
+    """
+    columns = [
+        now.tcp,
+        rotation.log(now.tcp_turn @ kinematics.DOWN.T),
+        now.width[:, None],
+        target - now.tcp,
+        rotation.log(turn @ now.tcp_turn.swapaxes(1, 2)),
+        actions.reshape(len(actions), -1),
+    ]
+    return np.concatenate(columns, axis=1)
+
+
+class TwinEnv(VectorEnv):
+    """N environments of one task in one simulation batch (`twinrl.env.Env`).
+
+    Actions move the commanded target pose, which differential inverse kinematics turns into joint targets. The
+    state tells how far the target leads the measured pose and the last two actions: with a delay between command
+    and motion the measured pose alone would not say what is under way.
+    """
+
+    metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": []}  # noqa: RUF012
+
+    state_names = STATE_NAMES
+    state_dim = len(STATE_NAMES)
+    control_hz = scene.CONTROL_HZ
+
+    def __init__(
+        self,
+        task: Task,
+        num_envs: int,
+        *,
+        seed: int = 0,
+        variant: str = "twin",
+        randomisation: str | dict[str, float] = "none",
+        image_size: int = 64,
+        cameras: tuple[str, ...] = scene.CAMERAS,
+        threads: int = 1,
+        device: str = "cpu",
+        region: str = "id",
+        max_steps: int | None = None,
+    ):
+        if num_envs < 1:
+            raise ValueError(f"num_envs is {num_envs}, must be at least 1")
+        if variant not in randomise.VARIANTS:
+            raise ValueError(f"variant is {variant!r}, not one of {sorted(randomise.VARIANTS)}")
+        for name in cameras:
+            if name not in scene.CAMERAS:
+                raise ValueError(f"unknown camera {name!r}, not one of {scene.CAMERAS}")
+        self.task, self.num_envs, self.region = task, num_envs, _checked_region(region)
+        self.variant, self.randomisation = variant, randomise.scales(randomisation)
+        self.cameras, self.image_size, self.device = tuple(cameras), image_size, device
+        self.instruction, self.max_steps = task.instruction, max_steps or task.max_steps
+        self.privileged_names = task.privileged_names
+        self.privileged_dim = len(task.privileged_names)
+        self.world = World(
+            task,
+            num_envs,
+            cameras=self.cameras,
+            image_size=image_size,
+            threads=threads,
+            device=device,
+        )
+        self._define_spaces()
+        self._rng = np.random.default_rng(seed)
+        self._noise_rng = np.random.default_rng([seed, 1])
+        self._allocate()
+
+    def _define_spaces(self) -> None:
+        low = np.array([*[-MAX_SHIFT] * 3, *[-MAX_TURN] * 3, 0.0], np.float32)
+        high = np.array([*[MAX_SHIFT] * 3, *[MAX_TURN] * 3, 1.0], np.float32)
+        box, pixels = gymnasium.spaces.Box, (self.image_size, self.image_size, 3)
+        spaces = {
+            STATE: box(-np.inf, np.inf, (self.state_dim,), np.float32),
+            PRIVILEGED: box(-np.inf, np.inf, (self.privileged_dim,), np.float32),
+        }
+        spaces |= {image_key(name): box(0, 255, pixels, np.uint8) for name in self.cameras}
+        self.single_action_space = box(low, high, dtype=np.float32)
+        self.single_observation_space = gymnasium.spaces.Dict(spaces)
+        batch = gymnasium.vector.utils.batch_space
+        self.action_space = batch(self.single_action_space, self.num_envs)
+        self.observation_space = batch(self.single_observation_space, self.num_envs)
+
+    def _allocate(self) -> None:
+        count, pending = self.num_envs, randomise.MAX_LATENCY + 1
+        self._configurations: list[dict[str, Any]] = [{} for _ in range(count)]
+        self._target, self._turn = np.zeros((count, 3)), np.zeros((count, 3, 3))
+        self._joints = np.zeros((count, kinematics.JOINTS))  # last joint targets
+        # What was commanded in the last steps, newest first; latency says which of them reaches the servos.
+        self._pending_target = np.zeros((count, pending, 3))
+        self._pending_turn = np.zeros((count, pending, 3, 3))
+        self._pending_gripper = np.ones((count, pending))
+        self._latency = np.zeros(count, int)
+        self._actions = np.zeros((count, 2, ACTION_DIM))
+        self._state_noise: dict[int, np.ndarray] = {}
+        self._action_noise: dict[int, np.ndarray] = {}
+        self._steps = np.zeros(count, int)
+        # Nothing can be stepped before its first reset.
+        self._terminated, self._truncated = np.ones(count, bool), np.zeros(count, bool)
+        self._success = np.zeros(count, bool)
+        space = self.observation_space
+        self._observation = {key: np.zeros(s.shape, s.dtype) for key, s in space.items()}
+
+    # -- resets ----------------------------------------------------------------------------------------------
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """See `twinrl.env.Env.reset`; `info` holds the configurations.
+
+        A given configuration may be partial: keys that it leaves out are drawn.
+        """
+        options = options or {}
+        unknown = set(options) - {"reset_mask", "configurations", "region"}
+        if unknown:
+            raise ValueError(f"unknown reset options {sorted(unknown)}")
+        if seed is not None:
+            self._rng = np.random.default_rng(seed)
+            self._noise_rng = np.random.default_rng([seed, 1])
+        mask = np.asarray(options.get("reset_mask", np.ones(self.num_envs)), bool)
+        given = options.get("configurations") or [None] * self.num_envs
+        for name, size in (("reset_mask", len(mask)), ("configurations", len(given))):
+            if size != self.num_envs:
+                raise ValueError(f"{name} has {size} entries for {self.num_envs} environments")
+        region = _checked_region(options.get("region", self.region))
+        ids = np.flatnonzero(mask)
+        if len(ids):
+            for i in ids:
+                self._configurations[i] = self._completed(given[i], region)
+            self._begin(ids)
+        return self._observe(), {"configurations": self.configurations()}
+
+    def draw(self, region: str, rng: np.random.Generator | None = None) -> dict[str, Any]:
+        """A configuration from `region`, drawn with the environment's own generator unless one is given."""
+        seed = int((rng or self._rng).integers(2**62))
+        return self._drawn(_checked_region(region), seed)
+
+    def _drawn(self, region: str, seed: int) -> dict[str, Any]:
+        rng = np.random.default_rng(seed)
+        drawn = REGIONS[
+            rng.integers(2)
+        ]  # drawn always, so that one seed means one layout of the rest
+        region = drawn if region == "all" else region
+        nominal = randomise.VARIANTS[self.variant]
+        return {
+            "task": self.task.name,
+            "region": region,
+            "seed": seed,
+            **self.task.draw(rng, region),
+            "joints": (JOINT_NOISE * rng.normal(size=kinematics.JOINTS)).tolist(),
+            "draw": randomise.draw(rng, self.randomisation, nominal),
+        }
+
+    def _completed(self, given: dict[str, Any] | None, region: str) -> dict[str, Any]:
+        """A whole configuration; what `given` leaves out is drawn (with its seed, if it has one).
+
+        Without its "draw" a twin's configuration lays out the same scene on the stand-in.
+        """
+        if given is None:
+            return self.draw(region)
+        if given.get("task", self.task.name) != self.task.name:
+            raise ValueError(f"configuration is of task {given['task']!r}, not {self.task.name!r}")
+        seed = given.get("seed")
+        seed = int(self._rng.integers(2**62)) if seed is None else seed
+        drawn = self._drawn(_checked_region(given.get("region", region)), seed)
+        unknown = set(given) - set(drawn)
+        if unknown:
+            raise ValueError(
+                f"unknown configuration keys {sorted(unknown)}, not in {sorted(drawn)}"
+            )
+        return drawn | given
+
+    def _begin(self, ids: np.ndarray) -> None:
+        """Start the episodes that the configurations of `ids` describe."""
+        configurations = [self._configurations[i] for i in ids]
+        self.world.configure(ids, configurations)
+        self._joints[ids] = self.world.qpos[ids, ARM]
+        target, turn = kinematics.forward(self._joints[ids])
+        self._target[ids], self._turn[ids] = target, turn
+        self._pending_target[ids], self._pending_turn[ids] = target[:, None], turn[:, None]
+        self._pending_gripper[ids] = 1.0
+        self._actions[ids] = 0.0
+        self._actions[ids, :, 6] = 1.0
+        self._steps[ids] = 0
+        for flags in (self._terminated, self._truncated, self._success):
+            flags[ids] = False
+        for i, configuration in zip(ids, configurations, strict=True):
+            draw = configuration["draw"]
+            self._latency[i] = draw["latency"]
+            rng = np.random.default_rng([configuration["seed"], 1])
+            shape = (self.max_steps + 1, 6)
+            tables = {"state_noise": self._state_noise, "action_noise": self._action_noise}
+            for name, table in tables.items():
+                table.pop(i, None)
+                if draw[name]:
+                    # A degree of angle goes with 3 mm of position.
+                    spread = draw[name] * np.array([1, 1, 1, 6, 6, 6])
+                    table[i] = spread * rng.normal(size=shape)
+        self._write_vectors(ids)
+        self._write_images(ids)
+
+    def configurations(self) -> list[dict[str, Any]]:
+        """The configuration of each environment's present episode; passing one to `reset` repeats it."""
+        return list(self._configurations)
+
+    # -- steps -----------------------------------------------------------------------------------------------
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """One control step with images. Environments that are done stay as they are, with reward 0."""
+        result = self.step_chunk(np.asarray(actions)[:, None])
+        infos = {"success": self._success.copy(), "action": result.action[:, 0]}
+        flags = self._terminated.copy(), self._truncated.copy()
+        return result.observation, result.reward[:, 0], *flags, infos
+
+    def step_chunk(self, actions: np.ndarray) -> ChunkStep:
+        """See `twinrl.env.Env.step_chunk`."""
+        actions = np.asarray(actions, np.float32)
+        count, chunk = self.num_envs, actions.shape[1] if actions.ndim == 3 else 0
+        if not chunk or actions.shape != (count, chunk, ACTION_DIM):
+            raise ValueError(f"actions are {actions.shape}, expected ({count}, C, {ACTION_DIM})")
+        if not np.isfinite(actions).all():
+            raise ValueError(f"actions of environments {_broken(actions)} are not finite")
+        states = np.zeros((count, chunk, self.state_dim), np.float32)
+        privileged = np.zeros((count, chunk, self.privileged_dim), np.float32)
+        executed = np.zeros((count, chunk, ACTION_DIM), np.float32)
+        terminated, truncated, success, mask = np.zeros((4, count, chunk), bool)
+        begun = np.flatnonzero(~self.done)
+        for k in range(chunk):
+            ids = np.flatnonzero(~self.done)
+            if not len(ids):
+                break
+            executed[ids, k] = self._advance(ids, actions[ids, k])
+            states[ids, k] = self._observation[STATE][ids]
+            privileged[ids, k] = self._observation[PRIVILEGED][ids]
+            terminated[ids, k], truncated[ids, k] = self._terminated[ids], self._truncated[ids]
+            success[ids, k], mask[ids, k] = self._success[ids], True
+        if len(begun):
+            self._write_images(begun)
+        return ChunkStep(
+            observation=self._observe(),
+            states=states,
+            privileged=privileged,
+            action=executed,
+            reward=success.astype(np.float32),
+            terminated=terminated,
+            truncated=truncated,
+            success=success,
+            mask=mask,
+        )
+
+    @property
+    def done(self) -> np.ndarray:
+        """(N,) bool: the episode has ended, or none was begun."""
+        return self._terminated | self._truncated
+
+    def _advance(self, ids: np.ndarray, actions: np.ndarray) -> np.ndarray:
+        """Execute one control step of `ids` (n,); return the clipped actions (n, 7)."""
+        actions = clip_action(actions)
+        moved = actions[:, :6].astype(float)
+        if self._action_noise:
+            for row, i in enumerate(ids):
+                if i in self._action_noise:
+                    moved[row] += self._action_noise[i][self._steps[i]]
+        tip, tool = kinematics.forward(self.world.qpos[ids, ARM])
+        target = self._target[ids] + moved[:, :3]
+        turn = rotation.exp(moved[:, 3:]) @ self._turn[ids]
+        target = np.clip(tip + rotation.clip_norm(target - tip, REACH), *BOX)
+        lead = rotation.log(turn @ tool.swapaxes(1, 2))
+        turn = rotation.exp(rotation.clip_norm(lead, REACH_TURN)) @ tool
+        self._target[ids], self._turn[ids] = target, turn
+        for pending, newest in (
+            (self._pending_target, target),
+            (self._pending_turn, turn),
+            (self._pending_gripper, actions[:, 6]),
+        ):
+            pending[ids, 1:] = pending[ids, :-1]
+            pending[ids, 0] = newest
+        late = ids, self._latency[ids]
+        joints = kinematics.solve(
+            self._joints[ids], self._pending_target[late], self._pending_turn[late]
+        )
+        self._joints[ids] = joints
+        self.world.step(ids, joints, self._pending_gripper[late])
+        self._actions[ids, 1] = self._actions[ids, 0]
+        self._actions[ids, 0] = actions
+        self._steps[ids] += 1
+        now = self._write_vectors(ids)
+        success = self.task.success(now, actions[:, 6])
+        self._success[ids] = success
+        self._terminated[ids] = success | self.task.lost(now)
+        self._truncated[ids] = (self._steps[ids] >= self.max_steps) & ~self._terminated[ids]
+        return actions
+
+    # -- observations ----------------------------------------------------------------------------------------
+
+    def _write_vectors(self, ids: np.ndarray) -> Snapshot:
+        now = self.world.snapshot(ids)
+        state = state_vector(now, self._target[ids], self._turn[ids], self._actions[ids])
+        if self._state_noise:
+            for row, i in enumerate(ids):
+                if i in self._state_noise:
+                    state[row, :6] += self._state_noise[i][self._steps[i]]
+        self._observation[STATE][ids] = state
+        self._observation[PRIVILEGED][ids] = self.task.privileged(now)
+        return now
+
+    def _write_images(self, ids: np.ndarray) -> None:
+        if self.cameras:
+            self.world.refresh(ids)
+            for name, images in self.world.images(ids).items():
+                self._observation[image_key(name)][ids] = images
+
+    def _observe(self) -> Observation:
+        """Copies: a caller may keep an observation while the next one is written."""
+        return {key: value.copy() for key, value in self._observation.items()}
+
+    def targets(self) -> tuple[np.ndarray, np.ndarray]:
+        """The commanded tcp positions (N, 3) in m and orientations (N, 3, 3)."""
+        return self._target.copy(), self._turn.copy()
+
+    def expert(self, noise: float = 0.0) -> np.ndarray:
+        """The scripted expert's actions (N, 7) float32 for the present states.
+
+        It keeps no memory: calling it changes nothing, and it takes over from a policy at any step. `noise` adds a
+        disturbance with that fraction of the step limits as standard deviation; clean labels are a second call.
+        """
+        everyone = np.arange(self.num_envs)
+        now = self.world.snapshot(everyone)
+        action = clip_action(self.task.expert(now, self._target, self._turn))
+        return self.disturb(action, noise).astype(np.float32)
+
+    def disturb(self, actions: np.ndarray, noise: float) -> np.ndarray:
+        """`actions` (N, 7) with motion noise of `noise` times the step limits; the gripper's part stays."""
+        if not noise:
+            return actions
+        spread = noise * np.repeat([MAX_SHIFT, MAX_TURN], 3)
+        actions = actions.copy()
+        actions[:, :6] += spread * self._noise_rng.normal(size=(self.num_envs, 6))
+        return clip_action(actions)
+
+
+def _checked_region(region: str) -> str:
+    if region not in REGIONS:
+        raise ValueError(f"region is {region!r}, not one of {REGIONS}")
+    return region
+
+
+def _broken(actions: np.ndarray) -> list[int]:
+    return np.flatnonzero(~np.isfinite(actions).all(axis=(1, 2))).tolist()

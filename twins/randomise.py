@@ -1,0 +1,129 @@
+"""Domain randomisation: what may differ between two episodes beside where things lie.
+
+A draw is a plain dict inside the configuration, so an episode carries everything needed to repeat it. A scale
+of 0 keeps the nominal value, 1 draws from the full range, and values between shrink the range towards the nominal.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import Any
+
+import numpy as np
+
+from twins import scene
+
+CHANGES = (
+    "latency",
+    "friction",
+    "mass",
+    "servo",
+    "light",
+    "camera",
+    "colour",
+    "state_noise",
+    "action_noise",
+)
+PRESETS = {"none": dict.fromkeys(CHANGES, 0.0), "full": dict.fromkeys(CHANGES, 1.0)}
+MAX_LATENCY = 2  # control steps between a command and its execution
+FRICTION, MASS, SERVO, LIGHT = (0.5, 1.3), (0.5, 3.0), (0.6, 1.2), (0.35, 0.8)
+CAMERA_SHIFT = {"side": 0.03, "wrist": 0.01}  # m; the wrist camera is bolted on
+CAMERA_TURN = np.radians(3.0)
+STATE_NOISE = 0.004  # m, standard deviation of a measured tool position
+ACTION_NOISE = 0.003  # m, standard deviation of an unseen disturbance of each commanded step
+LAMP_TILT = 0.25
+# How far each colour channel may move, by the kind of thing.
+COLOURS = {"table": 0.15, "floor": 0.15, "object": 0.08, "basket": 0.12, "arm": 0.08}
+
+TWIN: dict[str, Any] = {
+    "latency": 0,
+    "friction": 1.0,
+    "mass": 1.0,
+    "servo": 1.0,
+    "light": scene.LIGHT,
+    "lamp": [-0.3, 0.2],
+    "cameras": {name: [0.0] * 6 for name in scene.CAMERAS},
+    "colours": {name: [0.0] * 3 for name in COLOURS},
+    "state_noise": 0.0,
+    "action_noise": 0.0,
+}
+# The stand-in for reality: wrong in every respect, and everywhere within the ranges above.
+STANDIN: dict[str, Any] = {
+    "latency": 1,
+    "friction": 0.7,
+    "mass": 2.4,
+    "servo": 0.75,
+    "light": 0.47,
+    "lamp": [-0.15, 0.32],
+    "cameras": {
+        "side": [0.010, -0.012, 0.008, 0.022, -0.025, 0.018],
+        "wrist": [0.004, -0.003, 0.004, -0.02, 0.02, 0.02],
+    },
+    "colours": {
+        "table": [0.05, 0.04, 0.07],
+        "floor": [-0.06, -0.05, -0.04],
+        "object": [-0.05, -0.04, 0.03],
+        "basket": [0.05, -0.05, -0.06],
+        "arm": [-0.05, -0.05, -0.04],
+    },
+    "state_noise": 0.003,
+    "action_noise": 0.001,
+}
+VARIANTS = {"twin": TWIN, "standin": STANDIN}
+
+
+def scales(randomisation: str | dict[str, float]) -> dict[str, float]:
+    """The scale of every change: of a preset's name, or of a dict in which absent changes are off."""
+    if isinstance(randomisation, str):
+        if randomisation not in PRESETS:
+            raise ValueError(f"randomisation is {randomisation!r}, not one of {sorted(PRESETS)}")
+        return dict(PRESETS[randomisation])
+    for name in randomisation:
+        if name not in CHANGES:
+            close = difflib.get_close_matches(name, CHANGES, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"unknown change {name!r}, not one of {CHANGES}{hint}")
+    return PRESETS["none"] | {name: float(value) for name, value in randomisation.items()}
+
+
+def draw(
+    rng: np.random.Generator, scale: dict[str, float], nominal: dict[str, Any]
+) -> dict[str, Any]:
+    """One episode's draw around `nominal`. Every call takes the same amount of randomness from `rng`."""
+
+    def within(name: str, low: float, high: float, centre: float) -> float:
+        return float(centre + scale[name] * (rng.uniform(low, high) - centre))
+
+    def ball(radius: float) -> np.ndarray:
+        direction = rng.normal(size=3)
+        return direction * (radius * rng.uniform() / math.sqrt(direction @ direction))
+
+    longest = round(MAX_LATENCY * scale["latency"])
+    lag = int(rng.uniform() * (longest + 1))
+    cameras = {
+        name: np.asarray(nominal["cameras"][name])
+        + scale["camera"] * np.concatenate([ball(CAMERA_SHIFT[name]), ball(CAMERA_TURN)])
+        for name in scene.CAMERAS
+    }
+    colours = {
+        name: np.asarray(nominal["colours"][name])
+        + scale["colour"] * rng.uniform(-reach, reach, size=3)
+        for name, reach in COLOURS.items()
+    }
+    # Masses are drawn on a logarithmic scale: half as heavy is as likely as twice as heavy.
+    mass = float(np.exp(within("mass", *np.log(MASS), centre=np.log(nominal["mass"]))))
+    return {
+        "latency": lag if scale["latency"] else nominal["latency"],
+        "friction": within("friction", *FRICTION, nominal["friction"]),
+        "mass": mass,
+        "servo": within("servo", *SERVO, nominal["servo"]),
+        "light": within("light", *LIGHT, nominal["light"]),
+        "lamp": [
+            float(c + scale["light"] * LAMP_TILT * rng.uniform(-1, 1)) for c in nominal["lamp"]
+        ],
+        "cameras": {name: offset.tolist() for name, offset in cameras.items()},
+        "colours": {name: offset.tolist() for name, offset in colours.items()},
+        "state_noise": within("state_noise", 0.0, STATE_NOISE, nominal["state_noise"]),
+        "action_noise": within("action_noise", 0.0, ACTION_NOISE, nominal["action_noise"]),
+    }
