@@ -1,0 +1,1 @@
+"""One file for each algorithm, each with update(...) -> metrics and state_dict()."""

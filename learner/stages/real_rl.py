@@ -1,0 +1,119 @@
+"""Stage 3: off-policy RL on demonstrations, twin data and what the arm does, with a chunk critic."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from learner.algorithms.chunk_q import ChunkQ, ChunkQConfig
+from learner.algorithms.sft import ImitationData
+from learner.dataset import windows
+from learner.features import FeatureCache
+from learner.learner import Learner
+
+CHECKPOINT_SECONDS = 20.0
+IDLE = 0.05  # s between looks for new transitions
+DRAIN_SECONDS = 60.0  # for the updates that are due when the arm has left
+TWIN_SEGMENTS = 1000  # newest of stage 2 of which the successes are cloned
+STEP_BITS = 20  # an observation's id: its segment's, then its step
+
+
+def real_rl(
+    learner: Learner,
+    *,
+    start: str,
+    name: str,
+    updates_per_step: float,
+    publish_every: int,
+    batch_size: int,
+    mix: dict[str, float],
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """ChunkQ from checkpoint `start` until stopped; checkpoint `name`.
+
+    `updates_per_step` updates are made for each real transition, however fast the arm's clock runs: a fast
+    simulated arm gives the learner no extra time, and a slow learner makes them after the arm has left.
+    """
+    resumed = learner.has(f"{name}-running")
+    state = learner.restore(f"{name}-running" if resumed else start)
+    policy, reader = learner.policy, learner.reader
+    algorithm = ChunkQ(
+        policy, ChunkQConfig(**options), FeatureCache(policy, learner.instruction), learner.seed
+    )
+    if resumed:
+        algorithm.load_state_dict(state["chunk_q"])
+    imitation = _Imitation(learner)
+    learner.publish()
+    updates, saved, leaving = algorithm.step, time.monotonic(), None
+    while True:
+        imitation.refresh()
+        due = int(updates_per_step * imitation.real_steps)
+        if learner.stopping:
+            leaving = leaving or time.monotonic()
+            if updates >= due or time.monotonic() - leaving > DRAIN_SECONDS:
+                break
+        if updates >= due:
+            time.sleep(IDLE)
+            continue
+        batch = _with_ids(reader.sample(batch_size, mix=mix))
+        metrics = algorithm.update(batch, imitation.data)
+        updates += 1
+        learner.note(metrics, updates / max(due, 1))
+        if updates % publish_every == 0:
+            learner.publish()
+        if time.monotonic() - saved > CHECKPOINT_SECONDS or learner.checkpoint_asked():
+            saved = time.monotonic()
+            learner.save(f"{name}-running", {"chunk_q": algorithm.state_dict()})
+    learner.publish()
+    learner.save(name, {"chunk_q": algorithm.state_dict()})
+    return {"updates": updates, "real_transitions": imitation.real_steps, "due": due}
+
+
+class _Imitation:
+    """What is worth cloning: demonstrations, expansion, what stage 2 achieved last in randomised twins, and of the
+    arm's episodes what a person did or what succeeded. Without stage 2's own successes the first two would pull the
+    policy back to stage 1. Grows as episodes arrive; only new windows are encoded."""
+
+    def __init__(self, learner: Learner) -> None:
+        self._learner = learner
+        self._seen: set[int] = set()
+        learner.reader.sync()
+        self.real_steps = 0
+        reader = learner.reader
+        entries = reader.entries(source="twin")
+        shown = [e for e in entries if e.version < 0]  # by no policy: the expansion
+        acted = [e for e in entries if e.version >= 0][-TWIN_SEGMENTS:]
+        segments = [
+            *reader.segments(source="demo"),
+            *(s for s in reader.load(shown + acted) if s is not None),
+        ]
+        shares = {"demo": 0.25, "twin": 0.25, "real": 0.5}
+        data = windows(segments, learner.policy.chunk)
+        self.data = ImitationData(learner.policy, data, shares)
+
+    def refresh(self) -> None:
+        """Take in the episodes that are complete now."""
+        reader = self._learner.reader
+        entries = [e for e in reader.entries(source="real") if e.id not in self._seen]
+        if not entries:
+            return
+        segments = [s for s in reader.load(entries) if s is not None]
+        self._seen.update(entry.id for entry in entries)
+        self.real_steps += sum(segment.steps for segment in segments)
+        try:
+            fresh = windows(segments, self._learner.policy.chunk)
+        except ValueError:  # nothing in them may be cloned
+            return
+        self.data.extend(self._learner.policy, fresh)
+
+
+def _with_ids(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Name observations by segment and step, so that a frozen encoder sees each once."""
+    first = batch["segment"].astype(np.int64) << STEP_BITS
+    return {
+        **batch,
+        "observation.id": first + batch["step"],
+        "next.observation.id": first + batch["step"] + batch["steps"],
+    }

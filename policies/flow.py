@@ -1,0 +1,181 @@
+"""The action expert: a flow-matching velocity field over action chunks, and its exact path likelihood.
+
+Convention (pi0's paper): t = 0 is noise, t = 1 is data, x_t = (1 - t) * eps + t * A, target A - eps.
+openpi and LeRobot checkpoints mirror it (t = 1 is noise).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from policies.layers import fourier, mlp
+
+LOG_STD_BAND = (-2.5, -2.0)  # PPOFlow's noise head, at K = 10
+BAND_STEPS = 10
+TIME_FEATURES = 8
+
+
+class FlowHead(nn.Module):
+    """Velocity v(features, x, t) and the noise head that makes integration a stochastic policy.
+
+    `features` (B, F), `x` (B, D) a normalised chunk, D = C * 7, `t` (B, 1) in [0, 1].
+    """
+
+    def __init__(
+        self, features: int, dim: int, hidden: int = 256, layers: int = 3, noisy_steps: int = 0
+    ) -> None:
+        """`noisy_steps`: how many of the last integration steps add noise; 0 for all, as in PPOFlow.
+
+        Later steps contract the noise of earlier ones, so that their likelihood says little about the action: with
+        noise in the last step only, all of the likelihood's gradient is about the action that was executed.
+        """
+        super().__init__()
+        self.dim = dim
+        self.noisy_steps = noisy_steps
+        # The first layer is split, so that K integration steps project the features once.
+        self.condition = nn.Linear(features, hidden)
+        self.point = nn.Linear(dim + TIME_FEATURES, hidden, bias=False)
+        self.body = nn.Sequential(
+            nn.LayerNorm(hidden), nn.GELU(), mlp(hidden, hidden, dim, layers - 1)
+        )
+        self.noise = mlp(features + TIME_FEATURES, 64, dim, 1)
+        nn.init.zeros_(self.noise[-1].weight)
+        nn.init.zeros_(self.noise[-1].bias)
+        self.register_buffer("log_std_band", torch.tensor(LOG_STD_BAND))
+
+    def velocity(self, features: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Velocity (B, D)."""
+        return self._velocity(self.condition(features), x, t)
+
+    def _velocity(self, condition: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        return self.body(condition + self.point(torch.cat([x, fourier(t)], dim=-1)))
+
+    def log_std(self, features: Tensor, t: Tensor) -> Tensor:
+        """Log standard deviation (B, D) of the noise added in the integration step that starts at t."""
+        low, high = self.log_std_band
+        return low + (high - low) * torch.sigmoid(
+            self.noise(torch.cat([features, fourier(t)], dim=-1))
+        )
+
+    def integrate(self, features: Tensor, noise: Tensor, steps: int) -> Tensor:
+        """`steps` Euler steps of dx = v dt from `noise` (B, D) at t = 0 -> x (B, D) at t = 1."""
+        condition = self.condition(features)
+        x = noise
+        for k in range(steps):
+            x = x + self._velocity(condition, x, x.new_full((len(x), 1), k / steps)) / steps
+        return x
+
+    def sample_path(
+        self, features: Tensor, steps: int, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x_{k+1} = x_k + v / K + sigma * n -> path (B, K+1, D), log-probability (B,) given x_0.
+
+        sigma = 0 in the first K - `noisy_steps` steps.
+        """
+        batch = len(features)
+        condition = self.condition(features)
+        x = torch.randn(batch, self.dim, generator=generator)
+        path, total = [x], x.new_zeros(batch)
+        for k in range(steps):
+            t = x.new_full((batch, 1), k / steps)
+            x = x + self._velocity(condition, x, t) / steps
+            if k >= self._quiet(steps):
+                log_std = self.log_std(features, t)
+                n = torch.randn(batch, self.dim, generator=generator)
+                x = x + log_std.exp() * n
+                total = total + _log_density(n, log_std)
+            path.append(x)
+        return torch.stack(path, dim=1), total
+
+    def path_log_prob(self, features: Tensor, path: Tensor) -> Tensor:
+        """Sum over noisy k of log N(x_{k+1}; x_k + v / K, sigma^2) (B,) of `path` (B, K+1, D).
+
+        Steps without noise are integrated again from x_0, with gradient: they are part of the mean. log N(x_0; 0, 1)
+        is left out: it has no parameters, and cancels in a ratio for a stored x_0.
+        """
+        batch, steps = path.shape[0], path.shape[1] - 1
+        quiet = self._quiet(steps)
+        condition = self.condition(features)
+        x = path[:, 0]
+        for k in range(quiet):
+            x = x + self._velocity(condition, x, x.new_full((batch, 1), k / steps)) / steps
+        noisy = steps - quiet
+        t = torch.arange(quiet, steps, dtype=path.dtype) / steps
+        t = t.view(1, noisy, 1).expand(batch, -1, -1)
+        start = torch.cat([x[:, None], path[:, quiet + 1 : -1]], dim=1)
+        mean = start + self._velocity(condition[:, None], start, t) / steps
+        log_std = self.log_std(features[:, None].expand(-1, noisy, -1), t)
+        return _log_density((path[:, quiet + 1 :] - mean) / log_std.exp(), log_std).sum(1)
+
+    def _quiet(self, steps: int) -> int:
+        """How many integration steps add no noise."""
+        return max(0, steps - self.noisy_steps) if self.noisy_steps else 0
+
+    def matching_loss(
+        self,
+        features: Tensor,
+        chunk: Tensor,
+        mask: Tensor,
+        draws: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Flow-matching error (B,) of normalised `chunk` (B, D); `mask` (B, D) marks the known dimensions.
+
+        E || v(x_t, t) - (A - eps) ||^2, averaged over `draws` pairs (t, eps) per row: drawing again is far
+        cheaper than another encoding. Unknown dimensions carry noise only and no loss.
+        """
+        chunk = (chunk * mask).repeat(draws, 1)
+        t = torch.rand(len(chunk), 1, generator=generator)
+        eps = torch.randn(chunk.shape, generator=generator)
+        condition = self.condition(features).repeat(draws, 1)
+        predicted = self._velocity(condition, (1 - t) * eps + t * chunk, t)
+        error = (
+            functional.mse_loss(predicted, chunk - eps, reduction="none")
+            .view(draws, *mask.shape)
+            .mean(0)
+        )
+        return (error * mask).sum(-1) / mask.sum(-1).clamp_min(1.0)
+
+    @torch.no_grad()
+    def action_noise(self, features: Tensor, steps: int, generator: torch.Generator) -> float:
+        """Root mean square distance between noisy and noise-free integration from the same x_0."""
+        path, _ = self.sample_path(features, steps, generator)
+        return float(
+            (path[:, -1] - self.integrate(features, path[:, 0], steps)).square().mean().sqrt()
+        )
+
+    @torch.no_grad()
+    def calibrate_noise(
+        self, features: Tensor, steps: int, seed: int = 0, target: float = 0.0
+    ) -> float:
+        """Shift the band so that the action noise at `steps` equals that of the paper's band at K = 10.
+
+        Later steps contract earlier noise, so no formula carries a band from one K to another: it is measured
+        on `features` (B, F) and the shift found by bisection. `target` overrules the wanted root mean square
+        (normalised units). -> the root mean square reached.
+        """
+        paper = torch.tensor(LOG_STD_BAND)
+        self.log_std_band.copy_(paper)
+
+        def draw(count: int) -> float:
+            return self.action_noise(features, count, torch.Generator().manual_seed(seed))
+
+        if not target:
+            noisy_steps, self.noisy_steps = self.noisy_steps, 0
+            target = draw(BAND_STEPS)
+            self.noisy_steps = noisy_steps
+        low, high = -3.0, 3.0
+        for _ in range(12):
+            shift = (low + high) / 2
+            self.log_std_band.copy_(paper + shift)
+            low, high = (low, shift) if draw(steps) > target else (shift, high)
+        return draw(steps)
+
+
+def _log_density(standard: Tensor, log_std: Tensor) -> Tensor:
+    """Log density of a Gaussian at `standard` deviations from its mean, summed over the last axis."""
+    return (-0.5 * standard.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
