@@ -1,0 +1,1 @@
+"""Rollout: policies act in environments, and what happened becomes segments."""

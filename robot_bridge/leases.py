@@ -1,0 +1,171 @@
+"""Which robots are attached, what they said last, and what the cluster wants of each."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from robot_bridge.protocol import NAME_TAKEN, NOT_ATTACHED
+from twinrl.core.errors import Rejected
+
+TOTALS = ("seconds", "episodes", "successes", "takeovers", "holds")
+
+
+class Robot:
+    """One name in the run, attached or not."""
+
+    def __init__(self, name: str, saved: dict[str, Any] | None = None) -> None:
+        saved = saved or {}
+        self.name = name
+        self.kind = saved.get("kind", "")
+        self.host = saved.get("host", "")
+        self.writer = saved.get("writer", "")
+        self.session = saved.get("session", "")
+        self.numbering: dict[str, int] = saved.get("numbering", {"sequence": 0, "episode": 0})
+        self.before: dict[str, float] = saved.get("before", {})  # totals of earlier sessions
+        self.now: dict[str, float] = saved.get("now", {})  # totals of this session
+        # After a restart of the gateway it has one lease's time to be heard again.
+        self.attached = bool(saved.get("attached", False))
+        self.seen = time.monotonic() if self.attached else 0.0
+        self.state: dict[str, Any] = {}
+        self.frames: dict[str, Any] = {}  # of the last observation
+        self.frames_time = 0.0  # when it came, Unix time
+        self.cameras: list[str] = saved.get("cameras", [])
+        self.hold = self.detach = False
+        self.estop = 0
+        self.start: dict[str, Any] | None = saved.get("start")  # what it plays
+        self.results: list[bool] = []  # success of the last episodes
+
+    @property
+    def lease_age(self) -> float:
+        """Seconds since it was heard."""
+        return time.monotonic() - self.seen
+
+    def total(self, key: str) -> float:
+        """Over all sessions of this name in the run."""
+        return self.before.get(key, 0) + self.now.get(key, 0)
+
+    def begin(self, session: str) -> None:
+        """A new session counts from zero: what the old one had is kept."""
+        if session != self.session:
+            keys = set(self.before) | set(self.now)
+            self.before = {key: self.total(key) for key in keys}
+            self.now, self.session = {}, session
+
+    def hear(self, state: dict[str, Any]) -> None:
+        """A sign of life."""
+        self.seen, self.state = time.monotonic(), state
+        totals = state.get("totals", {})
+        self.now = {str(k): float(v) for k, v in totals.items() if isinstance(v, (int, float))}
+
+    def count_episode(self, number: int) -> None:
+        """An episode with this number has ended."""
+        self.numbering = dict(self.numbering, episode=max(self.numbering["episode"], number + 1))
+
+    def count_segment(self, header: dict[str, Any]) -> None:
+        """A segment with this header was acknowledged."""
+        if header["writer"] == self.writer:
+            following = max(self.numbering["sequence"], header["sequence"] + 1)
+            self.numbering = dict(self.numbering, sequence=following)
+
+    def obey(self, action: str) -> None:
+        """Keep what the cluster wants: hold, release, detach or estop."""
+        if action in ("hold", "release"):
+            self.hold = action == "hold"
+        elif action == "detach":
+            self.detach = self.attached
+        else:
+            self.estop = max(self.estop, int(self.state.get("estop_seen", 0))) + 1
+
+    def wishes(self, paused: bool) -> dict[str, Any]:
+        """What rides on the answer to a heartbeat."""
+        return {"hold": self.hold, "detach": self.detach, "estop": self.estop, "paused": paused}
+
+    def saved(self) -> dict[str, Any]:
+        """What survives the gateway."""
+        names = (
+            *("kind", "host", "writer", "session", "attached", "cameras", "start"),
+            *("numbering", "before", "now"),
+        )
+        return {name: getattr(self, name) for name in names}
+
+    def describe(self) -> dict[str, Any]:
+        """For the page and the command line."""
+        doing = self.state.get("doing", "idle") if self.attached else "gone"
+        recent = self.results[-50:]
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "host": self.host,
+            "attached": self.attached,
+            "state": doing,
+            "reason": self.state.get("reason", ""),
+            "lease_age": round(self.lease_age, 3) if self.seen else None,
+            "minutes": self.total("seconds") / 60,
+            "success": sum(recent) / len(recent) if recent else None,
+            "hold": self.hold,
+            "start": self.start,
+            **{key: self.total(key) for key in TOTALS if key != "seconds"},
+            "last": self.state,
+        }
+
+    def stats(self) -> dict[str, Any]:
+        """Flat, for the metrics stream."""
+        row = self.describe()
+        data = {key: row[key] for key in ("state", "minutes", "takeovers", "episodes", "holds")}
+        data["attached"] = float(self.attached)
+        data["cameras"] = ",".join(self.cameras)
+        data.update({k: self.total(k) for k in self.now if k.startswith("filter/")})
+        if row["success"] is not None:
+            data["success"] = row["success"]
+        for key in ("chunk_ms", "spool_segments", "spool_bytes"):
+            data[key] = float(self.state.get(key, 0.0))
+        return {f"robot/{self.name}/{key}": value for key, value in data.items()}
+
+
+class Leases:
+    """All robots of the run by name. A robot that is silent for `lease_s` is gone, and its name free."""
+
+    def __init__(self, lease_s: float, saved: dict[str, Any] | None = None) -> None:
+        self.lease_s = lease_s
+        self.robots = {name: Robot(name, state) for name, state in (saved or {}).items()}
+
+    def attach(self, name: str, args: dict[str, Any]) -> Robot:
+        """Give `name` to the session in `args`; Rejected when a live one has it."""
+        robot = self.robots.setdefault(name, Robot(name))
+        session, writer = str(args["session"]), str(args["writer"])
+        # The same writer is the same spool, which only one process can hold: the other session is dead.
+        if robot.attached and session != robot.session and writer != robot.writer:
+            left = max(0.0, self.lease_s - robot.lease_age)
+            raise Rejected(
+                f"{NAME_TAKEN}a robot called {name!r} is attached from {robot.host} and was heard "
+                f"{robot.lease_age:.1f} s ago: attach with another --name, e.g. {name}-2, or, if it is dead, "
+                f"again in {left:.0f} s"
+            )
+        if writer != robot.writer:
+            robot.numbering = {"sequence": 0, "episode": 0}
+        if session != robot.session:
+            robot.estop = 0  # whoever starts attach again at the robot releases the latch
+        robot.begin(session)
+        robot.kind, robot.host, robot.writer = str(args["kind"]), str(args["host"]), writer
+        robot.attached, robot.seen, robot.detach = True, time.monotonic(), False
+        robot.cameras, robot.state = [str(name) for name in args["features"][1]], {}
+        return robot
+
+    def find(self, args: dict[str, Any]) -> Robot:
+        """The attached robot that a request is from."""
+        robot = self.robots.get(str(args.get("name")))
+        if robot is None or not robot.attached or robot.session != args.get("session"):
+            raise Rejected(f"{NOT_ATTACHED}{args.get('name')!r} has no lease here (any more)")
+        robot.seen = time.monotonic()
+        return robot
+
+    def named(self, name: Any) -> Robot:
+        """A robot of the run by name."""
+        if name not in self.robots:
+            raise Rejected(f"no robot {name!r}; known: {', '.join(self.robots) or 'none'}")
+        return self.robots[name]
+
+    def silent(self) -> list[Robot]:
+        """Robots whose lease has run out just now."""
+        return [r for r in self.robots.values() if r.attached and r.lease_age > self.lease_s]

@@ -1,0 +1,115 @@
+"""What the robot PC and the gateway say to each other, and how they check that they mean the same.
+
+Robot methods (role `robot`), each a request of the bridge; what the cluster wants rides on the answers:
+
+    hello      {name, protocol, software}                        -> job (see Job)
+    attach     {name, kind, writer, session, host, features, digest, numbering, ...} -> {job, numbering, ...}
+    heartbeat  {name, session, state}                            -> wishes: {hold, detach, estop, paused, policy}
+    episode    {name, session, timeout, finished}                -> {start} or {wait: reason}     long poll
+    observe    {name, session, episode, step, codec, timeout} + observation
+                                                                 -> {version} + action, policy.*  long poll
+                                                                    or {wait: reason}
+    segment    {name, session, header, codec} + columns          -> {acknowledged, repeated}, the service's own
+    detach     {name, session, finished, state}                  -> {}
+
+Cluster methods (role `cluster`), see `robot_bridge.policy_link` for all but the last:
+
+    policy_take, policy_give, set_configurations, results, robots, run_state, pause, resume
+    command    {action, target}                                  -> {}; target: a robot, absent for the run's
+    camera     {robot, camera}                                   -> {time} + jpeg (n,) uint8
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Sequence
+
+import twinrl
+from twinrl.core.segment import Schema
+
+PROTOCOL = 1  # of the bridge; raised when a method changes its meaning
+SOFTWARE = twinrl.__version__
+NOT_ATTACHED = "not attached: "  # how a Rejected begins that attaching again mends
+NAME_TAKEN = "name taken: "
+
+
+class Job(NamedTuple):
+    """What a robot must know of the run it joins."""
+
+    run: str
+    task: str
+    instruction: str
+    control_hz: float  # policy steps a second
+    chunk: int  # C, steps in an action chunk
+    max_steps: int  # control steps until truncation, 0 where the driver knows
+    lease_s: float  # silence after which a robot counts as gone
+    schema: Schema
+    software: str
+
+    def to_header(self) -> dict[str, Any]:
+        """Plain values for the wire."""
+        return dict(
+            self._asdict(), schema=[list(f) if isinstance(f, tuple) else f for f in self.schema]
+        )
+
+    @classmethod
+    def from_header(cls, header: dict[str, Any]) -> Job:
+        """The job that `to_header` described."""
+        fields = {name: header[name] for name in cls._fields}
+        return cls(**dict(fields, schema=make_schema(fields["schema"])))
+
+
+class Features(NamedTuple):
+    """What a robot's observation consists of."""
+
+    state_dim: int
+    cameras: Sequence[str]
+    image_size: int  # pixels, height = width
+
+    def digest(self) -> str:
+        """The robot's part of the schema's hash: it also covers the columns both sides know of."""
+        return Schema(self.state_dim, 0, tuple(self.cameras), self.image_size, 0).digest()
+
+
+def make_schema(values: Any) -> Schema:
+    """Schema from a sequence or a dict, as it arrives over the wire or from a configuration."""
+    if isinstance(values, dict):
+        values = [values[name] for name in Schema._fields]
+    state_dim, privileged_dim, cameras, image_size, chunk = values
+    return Schema(int(state_dim), int(privileged_dim), tuple(cameras), int(image_size), int(chunk))
+
+
+def make_job(schema: Schema | dict[str, Any] | list[Any], job: dict[str, Any]) -> Job:
+    """Job from plain values: run, task and instruction; what else Job has, has defaults."""
+    schema = make_schema(schema)
+    defaults = {"control_hz": 10.0, "max_steps": 0, "lease_s": 5.0, "software": SOFTWARE}
+    fields = {"chunk": schema.chunk, **defaults, **job, "schema": schema}
+    return Job(**{name: fields[name] for name in Job._fields})
+
+
+def features_of(schema: Schema) -> Features:
+    """What the job's schema asks of a robot."""
+    return Features(schema.state_dim, tuple(schema.cameras), schema.image_size)
+
+
+def differences(robot: Features, job: Features) -> list[str]:
+    """One phrase for each field in which the two sides differ."""
+    pairs = zip(Features._fields, robot, job)
+    pairs = [
+        (name, list(a) if name == "cameras" else a, list(b) if name == "cameras" else b)
+        for name, a, b in pairs
+    ]
+    return [f"{name} is {a} on the robot, {b} in the run" for name, a, b in pairs if a != b]
+
+
+def version_advice(protocol: Any, software: Any, run_software: str) -> str:
+    """The line that mends a version mismatch; empty when the versions fit."""
+    if protocol == PROTOCOL and _series(software) == _series(run_software):
+        return ""
+    return (
+        f"this robot runs twinrl {software} (bridge protocol {protocol}), the run {run_software} "
+        f"(protocol {PROTOCOL}): on the robot's PC run  pip install 'twinrl=={run_software}'"
+    )
+
+
+def _series(version: Any) -> list[str]:
+    return str(version).split(".")[:2]

@@ -1,0 +1,154 @@
+"""Turns what happened in one episode into numbered-to-be segments with a frame at every step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from robot_bridge import frames
+from robot_bridge.spool import Entry
+
+MAX_STEPS = 64  # of one segment
+STATE = "observation.state"
+
+
+class Seen(NamedTuple):
+    """One observation as it is kept: what the policy saw, byte for byte."""
+
+    state: np.ndarray  # (S,) float32
+    frames: frames.Frames
+
+
+class Plan(NamedTuple):
+    """A chunk from the policy, and where its wholly executed rows belong."""
+
+    actions: np.ndarray  # (C, 7) float32
+    version: int
+    number: int  # in the episode
+    info: dict[str, np.ndarray]  # policy.* columns
+
+
+class Step(NamedTuple):
+    """One executed control step."""
+
+    action: np.ndarray  # (7,) executed
+    policy_action: np.ndarray  # (7,) what the policy wanted
+    intervention: bool
+    plan: Plan | None  # None where no policy acted
+    index: int  # in the plan
+    refused: bool  # the safety filter refused the whole command
+    timestamp: float  # s of the robot's clock in the episode, at the step's end
+
+
+class Recorder:
+    """One episode. `see` and `step` alternate; `entries` gives what goes into the spool."""
+
+    def __init__(self, header: dict[str, Any], codec: str) -> None:
+        self._header, self._codec = header, codec
+        self._seen: list[Seen] = []
+        self._steps: list[Step] = []
+        self._outcomes: list[Any] = []
+        self._cut_short = False
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def see(self, seen: Seen) -> None:
+        """The observation before the next step; one that was not acted upon is replaced."""
+        del self._seen[len(self._steps) :]
+        self._seen.append(seen)
+
+    def step(self, step: Step, outcome: Any) -> None:
+        """A step taken from the observation seen last."""
+        assert len(self._seen) == len(self._steps) + 1, (len(self._seen), len(self._steps))
+        self._steps.append(step)
+        self._outcomes.append(outcome)
+
+    def truncate(self) -> None:
+        """Something outside the task ended the episode with the last step."""
+        if self._outcomes and not self._outcomes[-1].terminated:
+            self._cut_short = not self._outcomes[-1].truncated
+            self._outcomes[-1] = self._outcomes[-1]._replace(truncated=True)
+
+    def conclude(self, success: bool) -> None:
+        """A person ended the episode with the last step."""
+        if self._outcomes:
+            self._outcomes[-1] = type(self._outcomes[-1])(float(success), True, False, success)
+
+    @property
+    def last(self) -> Any:
+        """The last step's outcome, None before the first step."""
+        return self._outcomes[-1] if self._outcomes else None
+
+    @property
+    def total_reward(self) -> float:
+        """The sum of all rewards."""
+        return float(sum(outcome.reward for outcome in self._outcomes))
+
+    @property
+    def version(self) -> int:
+        """The policy version that acted last, -1 for none."""
+        return next((s.plan.version for s in reversed(self._steps) if s.plan is not None), -1)
+
+    def entries(self) -> list[Entry]:
+        """The segments, split at chunk boundaries, of an episode whose last observation was seen."""
+        assert len(self._seen) == len(self._steps) + 1, (len(self._seen), len(self._steps))
+        cuts = self._cuts()
+        return [self._entry(low, high) for low, high in zip(cuts, cuts[1:])]
+
+    def _cuts(self) -> list[int]:
+        """Where segments begin: as long as allowed, and not inside a chunk."""
+        cuts, total = [0], len(self._steps)
+        while total - cuts[-1] > MAX_STEPS:
+            limit = cuts[-1] + MAX_STEPS
+            starts = [t for t in range(cuts[-1] + 1, limit + 1) if not self._inside_chunk(t)]
+            cuts.append(starts[-1] if starts else limit)
+        return [*cuts, total]
+
+    def _inside_chunk(self, t: int) -> bool:
+        before, after = self._steps[t - 1], self._steps[t]
+        return after.plan is not None and before.plan is after.plan
+
+    def _entry(self, low: int, high: int) -> Entry:
+        steps, outcomes = self._steps[low:high], self._outcomes[low:high]
+        seen = self._seen[low : high + 1]
+        columns: dict[str, np.ndarray] = {
+            "action": np.array([s.action for s in steps], "<f4"),
+            "policy_action": np.array([s.policy_action for s in steps], "<f4"),
+            "reward": np.array([o.reward for o in outcomes], "<f4"),
+            "terminated": np.array([o.terminated for o in outcomes], bool),
+            "truncated": np.array([o.truncated for o in outcomes], bool),
+            "success": np.array([o.success for o in outcomes], bool),
+            "intervention": np.array([s.intervention for s in steps], bool),
+            "policy_version": np.array([s.plan.version if s.plan else -1 for s in steps], "<i8"),
+            "chunk_id": np.array([s.plan.number if s.plan else -1 for s in steps], "<i4"),
+            "timestamp": np.array([s.timestamp for s in steps], "<f8"),
+            STATE: np.array([s.state for s in seen], "<f4"),
+            "frame_step": np.arange(len(seen), dtype="<i4"),
+            **self._policy_columns(low, high),
+            **frames.pack([s.frames for s in seen], self._codec),
+        }
+        header = dict(self._header, first_step=low, last=high == len(self._steps))
+        return {"header": header, "codec": self._codec}, columns
+
+    def _policy_columns(self, low: int, high: int) -> dict[str, np.ndarray]:
+        """Rows of the chunks that were executed as planned, to their end or to the episode's."""
+        starts, rows = [], []
+        for t in range(low, high):
+            plan = self._steps[t].plan
+            if plan is None or self._steps[t].index != 0 or not plan.info:
+                continue
+            end = t + len(plan.actions)
+            if not self._cut_short:
+                end = min(end, len(self._steps))
+            run = self._steps[t:end]
+            whole = len(run) == end - t and all(s.plan is plan and not s.refused for s in run)
+            if whole and end <= high:
+                starts.append(t - low)
+                rows.append(plan.info)
+        if not rows:
+            return {}
+        names = set.intersection(*(set(row) for row in rows))
+        columns = {name: np.stack([row[name] for row in rows]) for name in sorted(names)}
+        return {"chunk_step": np.array(starts, "<i4"), **columns} if columns else {}
