@@ -1,0 +1,197 @@
+"""Ray: started on this machine or joined by address; the job's actors, named, restartable, with their resources."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from actors.inference import InferenceActor
+from actors.robot_actor import RobotActor
+from actors.twin_actor import TwinActor
+from deploy import factories
+from deploy.description import make_schema
+from deploy.ray_weights import STORE, RayWeightSink, RayWeightSource, WeightStore
+from deploy.run_folder import RunFolder
+from learner.learner import Learner
+from twinrl.config import Config
+from twinrl.core.errors import ConfigError
+
+START_SECONDS = 120.0
+
+
+class RayLearner(Learner):
+    """The learner as a Ray actor: scenes arrive as top-level arguments, which Ray resolves without a copy."""
+
+    def pretrain(self, options: dict[str, Any], *scenes: Any) -> dict[str, Any]:
+        """Run the stage "pretrain" on labelled scenes."""
+        return self.run("pretrain", scenes=scenes, options=options)
+
+
+def start_ray(config: Config, run: RunFolder) -> None:
+    """Join `ray.address` or start Ray here; its namespace is the run's name."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    # Ray's workers are nice by 15: beside any other program a job would all but stop.
+    os.environ.setdefault("RAY_worker_niceness", "0")
+    # A job that ends on one actor's error tells it once; the others' need no tracebacks of their own.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    common: dict[str, Any] = {
+        "namespace": run.name,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+    }
+    if config.ray.address:
+        _probe(config.ray.address)
+        try:
+            ray.init(address=config.ray.address, **common)
+        except Exception as error:  # Ray raises many kinds, from ValueError to ConnectionError
+            raise ConfigError(_no_cluster(config.ray.address, error)) from None
+        return
+    # Logical CPUs: the learner, the robot's actors and the twins take turns more than they compete.
+    logical = config.ray.num_cpus or max(os.cpu_count() or 1, config.twins.actors + 2)
+    ray.init(
+        num_cpus=logical,
+        object_store_memory=config.ray.object_store_mb << 20,
+        include_dashboard=False,
+        **common,
+    )
+
+
+def _probe(address: str) -> None:
+    """Ray retries an address where nobody listens for minutes: ask first."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdigit() or "/" in host:  # "auto", "ray://...": Ray knows better
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5.0).close()
+    except OSError as error:
+        raise ConfigError(_no_cluster(address, error)) from None
+
+
+def _no_cluster(address: str, error: Exception) -> str:
+    return (
+        f"cannot join the Ray cluster at {address!r}: {error}. "
+        "Is `ray start --head` running there, with the same Python and Ray versions?"
+    )
+
+
+class Cluster:
+    """Handles of the job's Ray actors."""
+
+    def __init__(
+        self, config: Config, run: RunFolder, topology: dict[str, Any], job: dict[str, Any]
+    ) -> None:
+        schema = make_schema(job["schema"])
+        keys = run.keys("cluster")
+        policy_config = job["policy"]
+        self.store = self._actor(WeightStore, STORE, num_cpus=0)
+        source = RayWeightSource()
+        reader = factories.reader_factory(topology["replay"], keys, str(run.path), schema)
+
+        def reporter(role: str) -> Any:
+            return factories.reporter_factory(topology["metrics"], keys, role)
+
+        self.learner = self._actor(
+            RayLearner,
+            "learner",
+            num_cpus=1,
+            num_gpus=_gpus(config),
+            max_concurrency=3,
+            policy_config=policy_config,
+            instruction=job["instruction"],
+            checkpoints=Path(run.checkpoints),
+            make_reader=reader,
+            make_reporter=reporter("learner"),
+            sink=RayWeightSink(),
+            seed=config.seed,
+            # A thread that has to share its core holds up the others at every operation.
+            threads=config.learner.threads or max(1, (os.cpu_count() or 1) - config.twins.actors),
+        )
+        self.twins = [
+            self._actor(
+                TwinActor,
+                f"twin-{i}",
+                f"twin-{i}",
+                num_cpus=1,
+                max_concurrency=3,
+                seed=config.seed * 1000 + i,
+                task=config.task.name,
+                num_envs=config.twins.envs,
+                make_env=factories.env_factory(config),
+                make_runner=factories.runner_factory(policy_config, config.seed * 1000 + i),
+                make_writer=factories.writer_factory(topology["replay"], keys, schema),
+                make_reader=reader,
+                make_reporter=reporter("actor"),
+                weights=source,
+                make_retargeter=factories.make_retargeter,
+                label_scenes=factories.label_scenes,
+            )
+            for i in range(config.twins.actors)
+        ]
+        self.inference = self._actor(
+            InferenceActor,
+            "inference",
+            "inference",
+            num_cpus=0,
+            max_concurrency=1000,
+            make_runner=factories.runner_factory(policy_config, config.seed + 500),
+            make_reporter=reporter("inference"),
+            weights=source,
+        )
+        self.robots = self._actor(
+            RobotActor,
+            "robots",
+            "robots",
+            num_cpus=0,
+            max_concurrency=4,
+            make_link=factories.link_factory(topology["gateway_internal"], keys),
+            make_reporter=reporter("robot_actor"),
+            infer=_RemoteInference(),
+        )
+        self.everyone = [self.learner, *self.twins, self.inference, self.robots]
+
+    def wait_ready(self) -> None:
+        """Return when every actor answers; DeadlineError names what is missing."""
+        ray.get([actor.ping.remote() for actor in self.everyone], timeout=START_SECONDS)
+
+    @staticmethod
+    def _actor(
+        kind: type,
+        name: str,
+        *arguments: Any,
+        num_cpus: float,
+        num_gpus: float = 0,
+        max_concurrency: int = 1,
+        **keywords: Any,
+    ) -> Any:
+        options = {
+            "name": name,
+            "num_cpus": num_cpus,
+            "num_gpus": num_gpus,
+            "max_restarts": -1,
+            "max_concurrency": max_concurrency,
+        }
+        return ray.remote(kind).options(**options).remote(*arguments, **keywords)
+
+
+class _RemoteInference:
+    """Calls the inference actor, found by name, as if it were here."""
+
+    @cached_property
+    def _actor(self) -> Any:
+        return ray.get_actor("inference")
+
+    def __call__(self, observation: Any, instruction: str, explore: bool) -> Any:
+        return ray.get(self._actor.infer.remote(observation, instruction, explore), timeout=30)
+
+
+def _gpus(config: Config) -> float:
+    if config.learner.device == "cpu":
+        return 0
+    return 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0

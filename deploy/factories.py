@@ -1,0 +1,106 @@
+"""Zero-argument factories for roles: module-level functions, so that they travel to other machines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from twinrl.config import Config
+from twinrl.core.keys import Keys
+from twinrl.core.metrics import Reporter
+from twinrl.core.segment import Schema
+from twinrl.env import STATE
+
+
+def env_factory(config: Config) -> Callable[..., Any]:
+    """make(num_envs, *, seed, **options) -> environments of the job's task."""
+    return partial(
+        _make_env,
+        task=config.task.name,
+        cameras=tuple(config.task.cameras),
+        image_size=config.task.image_size,
+        device=config.twins.device,
+    )
+
+
+def _make_env(num_envs: int, *, task: str, **options: Any) -> Any:
+    import twins
+
+    return twins.make_env(task, num_envs, **options)
+
+
+def runner_factory(policy_config: dict[str, Any], seed: int) -> Callable[[], Any]:
+    """make() -> a PolicyRunner on one thread: rollout processes share the machine."""
+    return partial(_make_runner, policy_config, seed)
+
+
+def _make_runner(policy_config: dict[str, Any], seed: int) -> Any:
+    import torch
+
+    from policies.runner import PolicyRunner
+
+    torch.set_num_threads(1)
+    return PolicyRunner(policy_config, seed)
+
+
+def writer_factory(address: str, keys: Keys, schema: Schema) -> Callable[[str], Any]:
+    """make(name) -> a replay writer."""
+    return partial(_make_writer, address, keys, schema)
+
+
+def _make_writer(address: str, keys: Keys, schema: Schema, name: str) -> Any:
+    from buffer_service.client import Writer
+
+    return Writer(address, keys, name, schema=schema)
+
+
+def reader_factory(address: str, keys: Keys, run_dir: str, schema: Schema) -> Callable[[], Any]:
+    """make() -> a replay reader; it maps the payload files where the run's folder is at hand."""
+    return partial(_make_reader, address, keys, run_dir, schema)
+
+
+def _make_reader(address: str, keys: Keys, run_dir: str, schema: Schema) -> Any:
+    from buffer_service.client import Reader
+
+    return Reader(address, keys, run_dir=run_dir, schema=schema)
+
+
+def reporter_factory(address: str, keys: Keys, role: str) -> Callable[..., Reporter]:
+    """make(name, stats) -> a reporter to the collector."""
+    return partial(_make_reporter, address, keys, role)
+
+
+def _make_reporter(address: str, keys: Keys, role: str, name: str, stats: Any = None) -> Reporter:
+    return Reporter(address, keys, role, name, stats)
+
+
+def link_factory(address: str, keys: Keys) -> Callable[[], Any]:
+    """make() -> the robot actor's link to the gateway."""
+    return partial(_make_link, address, keys)
+
+
+def _make_link(address: str, keys: Keys) -> Any:
+    from robot_bridge.policy_link import PolicyLink
+
+    return PolicyLink(address, keys)
+
+
+def make_retargeter(env: Any, demonstrations: list[Any], rng: Any) -> Any:
+    """What re-targets demonstrated segments to the environments' present placements."""
+    from twins.retarget import Demonstration, Tracker
+
+    shown = [
+        Demonstration.of(
+            segment.columns[STATE][1:], segment.columns["action"], segment.header["configuration"]
+        )
+        for segment in demonstrations
+    ]
+    return Tracker(env, shown, seed=int(rng.integers(2**31)))
+
+
+def label_scenes(env: Any, count: int, rng: Any) -> Any:
+    """`count` labelled renders."""
+    from twins.labels import labelled_scenes
+
+    return labelled_scenes(env, count, rng)

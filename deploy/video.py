@@ -1,0 +1,65 @@
+"""A short video of the final policy on the stand-in arm."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploy import factories
+from deploy.evaluation import load_runner
+from deploy.run_folder import RunFolder
+from twinrl.config import Config
+from twinrl.env import image_key
+
+EPISODES = ("id", "ood", "ood")
+SIZE = 256  # pixels
+
+
+def record_video(config: Config, run: RunFolder, checkpoint: str = "stage3") -> Path:
+    """Play an episode in each of EPISODES' regions; writes video.mp4, returns its path."""
+    runner = load_runner(run, checkpoint)
+    make = factories.env_factory(config)
+    small = make(1, seed=config.evaluation.seed + 1, variant="standin")
+    camera = config.task.cameras[0]
+    # Simulation repeats bit for bit: what the policy did on small images is played again with large ones.
+    large = make(1, seed=0, variant="standin", image_size=SIZE, cameras=(camera,))
+    frames = []
+    for region in EPISODES:
+        observation, _ = small.reset(options={"region": region})
+        starts = small.configurations()
+        actions = []
+        done = False
+        while not done:
+            chunk, _ = runner.infer(observation, small.instruction, explore=False)
+            step = small.step_chunk(chunk)
+            observation, done = step.observation, bool(step.done[0])
+            actions.append(step.action[0][step.mask[0]])
+        observation, _ = large.reset(options={"configurations": starts})
+        frames.append(observation[image_key(camera)][0].copy())
+        for action in np.concatenate(actions):
+            step = large.step_chunk(action[None, None])
+            frames.append(step.observation[image_key(camera)][0].copy())
+        frames += [frames[-1]] * 5
+    small.close()
+    large.close()
+    path = run.path / "video.mp4"
+    _encode(frames, path, config_hz=10)
+    return path
+
+
+def _encode(frames: list[Any], path: Path, config_hz: int) -> None:
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(config_hz))
+        stream.width = stream.height = SIZE
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "26"}
+        for frame in frames:
+            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
