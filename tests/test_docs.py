@@ -13,7 +13,7 @@ from twinrl.config import load_config
 from twinrl.main import COMMANDS, main
 
 ROOT = Path(__file__).parent.parent
-SKIPPED = {"runs", "build", "dist"}
+SKIPPED = {"runs", "build", "dist", "venv"}
 PLACEHOLDER = re.compile(r"[A-Z]{3,}|[*{}<>]|\.\.\.")
 
 
