@@ -7,7 +7,8 @@ Columns lie on one of four axes of a segment with T steps:
     frame        F           observation.images.*, one row for each t in `frame_step`
     chunk        M           policy.*, one row for each policy chunk, which starts at t in `chunk_step`
 
-A twin renders at chunk boundaries only, so F may be smaller than T + 1; a robot has F = T + 1.
+A twin renders at chunk boundaries only, so F may be smaller than T + 1; a robot has F = T + 1. Image columns
+may be `Encoded`; all others are arrays.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple, Sequence
 import numpy as np
 
 from twinrl.core import wire
+from twinrl.core.codec import Encoded
 from twinrl.core.errors import SchemaMismatch, WireError
 
 SOURCES = ("demo", "twin", "real")
@@ -58,7 +60,7 @@ class Segment(NamedTuple):
     """Header and columns; `columns` hold read-only views when the segment was decoded."""
 
     header: dict[str, Any]
-    columns: dict[str, np.ndarray]
+    columns: wire.Arrays
 
     @property
     def steps(self) -> int:
@@ -67,8 +69,18 @@ class Segment(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all columns."""
+        """Bytes of all columns, images as they are encoded."""
         return sum(column.nbytes for column in self.columns.values())
+
+    def decoded(self) -> Segment:
+        """The same with every column an array; itself where none is encoded."""
+        if not any(isinstance(column, Encoded) for column in self.columns.values()):
+            return self
+        columns = {
+            name: column.decode() if isinstance(column, Encoded) else column
+            for name, column in self.columns.items()
+        }
+        return Segment(self.header, columns)
 
 
 class Schema(NamedTuple):
@@ -110,6 +122,11 @@ def check(segment: Segment, schema: Schema | None = None) -> None:
             )
     if header["source"] not in SOURCES:
         raise WireError(f"source {header['source']!r} is none of {', '.join(SOURCES)}")
+    for name, column in columns.items():
+        if column.ndim == 0:
+            raise WireError(f"{name!r} is a single value, columns have rows")
+        if isinstance(column, Encoded) and not name.startswith(IMAGE_PREFIX):
+            raise WireError(f"{name!r} is encoded ({column.codec}), only images may be")
     for name in STEP_COLUMNS:
         if name not in columns:
             raise WireError(f"segment lacks column {name!r}")
@@ -153,12 +170,12 @@ def _axis(name: str) -> str:
     raise WireError(f"unknown column {name!r}")
 
 
-def _expect(name: str, column: np.ndarray, dtype: str, shape: tuple) -> None:
+def _expect(name: str, column: wire.Column, dtype: str, shape: tuple) -> None:
     if column.dtype.str != dtype or column.shape != shape:
         raise WireError(f"{name!r} is {column.dtype.str}{column.shape}, should be {dtype}{shape}")
 
 
-def _check_schema(columns: dict[str, np.ndarray], schema: Schema) -> None:
+def _check_schema(columns: wire.Arrays, schema: Schema) -> None:
     expected = {"observation.state": ("<f4", (schema.state_dim,))}
     for camera in schema.cameras:
         expected[IMAGE_PREFIX + camera] = ("|u1", (schema.image_size, schema.image_size, 3))
