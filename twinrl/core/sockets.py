@@ -3,6 +3,9 @@
 A request names a method and carries a plain header and arrays; so does its reply. Everything is pulled by the
 client (a peer behind a firewall only dials out); what a server must tell a client rides on a reply, and a
 handler may answer late by returning a Future (a long poll).
+
+A server believes no peer: whatever comes in is answered, at the worst with an error, and what one peer can
+make it keep is bounded by the constants below. `docs/wire.md` describes the bytes.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, Callable, Dict, NamedTuple, Tuple, Union
 
+import msgpack
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
 
@@ -26,7 +30,18 @@ from twinrl.core.errors import DeadlineError, Rejected, RemoteError, TwinRLError
 from twinrl.core.keys import Keys, secure_client, secure_server
 
 log = logging.getLogger(__name__)
-MAX_MESSAGE_BYTES = 512 << 20
+MAX_MESSAGE_BYTES = 512 << 20  # of one frame; a peer that sends a larger one is cut off
+MAX_HEAD_BYTES = (
+    1 << 20
+)  # of a request's first frame, whose msgpack may need 64 times that in memory
+MAX_UNANSWERED = 1024  # requests of one peer that wait for their answers
+MAX_UNREAD_BYTES = 256 << 20  # large answers that one peer has not taken yet
+INCOMING = 64  # messages of one peer that wait to be served; then its TCP connection has to wait
+HANDSHAKE_SECONDS = 10.0  # from a TCP connection to the end of the handshake
+OPEN_FILES = 65536  # wanted: each connection takes one
+LARGE_FRAME = 64 << 10  # bytes from which ZeroMQ sends from our memory, which it holds until then
+MAX_TEXT = 2000  # characters of an error, in an answer and in the log
+COMPLAINTS, COMPLAINT_SECONDS = 20, 10.0  # so many lines in the log in so many seconds
 Answer = Tuple[Dict[str, Any], wire.Arrays]
 
 
@@ -67,6 +82,56 @@ class _Wake:
         self._sender.close()
 
 
+class _Complaints:
+    """A log that no peer can fill: what is too much is counted."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._said = self._muted = 0
+        self._since = time.monotonic()
+
+    def __call__(self, level: int, text: str, error: Any = None) -> None:
+        now = time.monotonic()
+        if now - self._since > COMPLAINT_SECONDS:
+            if self._muted:
+                seconds = now - self._since
+                log.warning("%s: %d more of these in %.0f s", self._name, self._muted, seconds)
+            self._said, self._muted, self._since = 0, 0, now
+        if self._said >= COMPLAINTS:
+            self._muted += 1
+            return
+        self._said += 1
+        line = text.replace("\n", " ")[:MAX_TEXT]  # a peer must not write lines of its own
+        log.log(level, "%s %s", self._name, line, exc_info=error)
+
+
+class _Unread:
+    """What was sent to each peer and still lies in our memory."""
+
+    def __init__(self) -> None:
+        self._peers: dict[bytes, collections.deque] = {}
+
+    def bytes(self, peer: bytes) -> int:
+        """Of this peer; forgets what has left meanwhile."""
+        waiting = self._peers.get(peer)
+        if waiting is None:
+            return 0
+        while waiting and waiting[0].tracker.done:
+            waiting.popleft()
+        if not waiting:
+            del self._peers[peer]
+        return sum(len(frame) for frame in waiting)
+
+    def add(self, peer: bytes, frame: zmq.Frame) -> None:
+        """`frame` is on its way."""
+        self._peers.setdefault(peer, collections.deque()).append(frame)
+
+    def tidy(self) -> None:
+        """Forget peers that took all."""
+        for peer in list(self._peers):
+            self.bytes(peer)
+
+
 def _tune(socket: zmq.Socket) -> None:
     socket.linger = 0
     socket.maxmsgsize = MAX_MESSAGE_BYTES
@@ -79,8 +144,11 @@ class Server:
     """Answers requests on `address` for peers whose public key is in `allowed` ({public key: role}).
 
     Handlers run one after the other in the server's thread, so state that only they touch needs no lock.
-    A handler's exception goes to the caller as an error and to the log.
+    A handler's exception goes to the caller as an error and to the log. `failure` is what ended the thread,
+    which only a bug of ours can do.
     """
+
+    failure: Exception | None = None
 
     def __init__(
         self, name: str, address: str, keys: Keys, allowed: dict[str, str], extra: str = ""
@@ -92,12 +160,21 @@ class Server:
         self._wake = _Wake()
         self._stop = threading.Event()
         self._counts: collections.Counter = collections.Counter()
+        self._unanswered: collections.Counter = collections.Counter()  # by peer
+        self._unread = _Unread()
+        self._complain = _Complaints(name)
+        _allow_open_files()
         self._context = zmq.Context()
         self._authenticator = ThreadAuthenticator(self._context)
         self._authenticator.start()
         self._authenticator.configure_curve_callback("twinrl", self)
         self._socket = self._context.socket(zmq.ROUTER)
         _tune(self._socket)
+        self._socket.rcvhwm = INCOMING
+        self._socket.sndhwm = 2 * MAX_UNANSWERED  # one commit may answer them all
+        self._socket.backlog = 1024
+        self._socket.handshake_ivl = int(HANDSHAKE_SECONDS * 1000)
+        self._socket.router_mandatory = True  # an answer that cannot be sent is counted
         secure_server(self._socket, keys)
         try:
             for each in filter(None, (address, extra)):
@@ -151,6 +228,7 @@ class Server:
         try:
             while not self._stop.is_set():
                 events = dict(poller.poll(1000))
+                self._unread.tidy()
                 if self._wake.receiver.fileno() in events or self._wake.receiver in events:
                     self._wake.drain()
                 while self._late:
@@ -158,27 +236,51 @@ class Server:
                 if self._socket in events:
                     for _ in range(64):  # then look at late answers again
                         try:
-                            self._serve(self._socket.recv_multipart(zmq.NOBLOCK, copy=False))
+                            self._serve(*self._receive())
                         except zmq.Again:
                             break
+        except Exception as error:
+            log.exception("%s cannot serve any more", self.name)
+            self.failure = error
         finally:
             self._close_sockets()
 
-    def _serve(self, frames: list) -> None:
+    def _receive(self) -> tuple[list, int]:
+        """A message's first frames and how many there were: one of millions of frames is not kept."""
+        frames, count = [], 0
+        while True:
+            frame = self._socket.recv(zmq.NOBLOCK, copy=False)
+            if count < wire.MAX_ARRAYS + 2:
+                frames.append(frame)
+            count += 1
+            if not frame.more:
+                return frames, count
+
+    def _serve(self, frames: list, count: int) -> None:
         peer, body = frames[0].bytes, frames[1:]
         number = None
         try:
+            if count > len(frames):
+                raise WireError(f"{count - 2} arrays, at most {wire.MAX_ARRAYS} are allowed")
+            if len(body[0]) > MAX_HEAD_BYTES:
+                raise WireError(f"a header of {len(body[0])} bytes, at most {MAX_HEAD_BYTES}")
             header, arrays = wire.unpack(body)
-            number, method = header["id"], header["method"]
-            if method not in self._handlers:
-                raise Rejected(f"{self.name} knows no method {method!r}")
+            number = _number(header)
+            method, args = header.get("method"), header.get("args", {})
+            if not isinstance(args, dict):
+                raise WireError(f"a request's args are a map, not {type(args).__name__}")
+            if not isinstance(method, str) or method not in self._handlers:
+                raise Rejected(f"{self.name} knows no method {str(method)[:100]!r}")
+            if self._unanswered[peer] >= MAX_UNANSWERED:
+                raise RemoteError(f"{MAX_UNANSWERED} requests of yours wait for their answers")
             role = self._allowed.get(frames[-1].get("User-Id"), "")
             self._counts[method] += 1
-            answer = self._handlers[method](Request(peer, role, header.get("args", {}), arrays))
+            answer = self._handlers[method](Request(peer, role, args, arrays))
         except Exception as error:
-            self._answer_error(peer, number, error)
+            self._answer_error(peer, number, error, body)
             return
         if isinstance(answer, Future):
+            self._unanswered[peer] += 1
             answer.add_done_callback(lambda done: self._finish(peer, number, done))
         else:
             self._answer(peer, number, answer)
@@ -188,6 +290,9 @@ class Server:
         self._wake()
 
     def _answer_late(self, peer: bytes, number: int, done: Future) -> None:
+        self._unanswered[peer] -= 1
+        if not self._unanswered[peer]:
+            del self._unanswered[peer]
         if done.cancelled():
             return
         if done.exception() is not None:
@@ -197,27 +302,77 @@ class Server:
 
     def _answer(self, peer: bytes, number: int | None, answer: Any) -> None:
         result, arrays = answer if isinstance(answer, tuple) else (answer or {}, {})
-        self._send(peer, {"id": number, "result": result}, arrays)
+        try:
+            frames = wire.pack({"id": number, "result": result}, arrays)
+            large = sum(len(frame) for frame in frames if len(frame) >= LARGE_FRAME)
+            unread = self._unread.bytes(peer) if large else 0
+            if unread and unread + large > MAX_UNREAD_BYTES:
+                raise RemoteError(f"{unread} bytes of answers to you were not taken yet: read on")
+        except (
+            Exception
+        ) as error:  # a result that cannot be packed is the handler's fault, not ours
+            self._answer_error(peer, number, error)
+            return
+        self._send(peer, frames)
 
-    def _answer_error(self, peer: bytes, number: int | None, error: Any) -> None:
+    def _answer_error(
+        self, peer: bytes, number: int | None, error: Any, asked: list | None = None
+    ) -> None:
         expected = isinstance(error, (TwinRLError, KeyError, ValueError))
-        log.log(
+        self._complain(
             logging.INFO if expected else logging.ERROR,
-            "%s refuses a request: %s",
-            self.name,
-            error,
-            exc_info=None if expected else error,
+            f"refuses a request: {type(error).__name__}: {error}",
+            None if expected else error,
         )
         self._counts["failed"] += 1
         kind = "rejected" if isinstance(error, (Rejected, WireError)) else "error"
         text = str(error) if isinstance(error, TwinRLError) else f"{type(error).__name__}: {error}"
-        self._send(peer, {"id": number, kind: text}, {})
+        text = text[:MAX_TEXT].encode("utf-8", "replace").decode()
+        version = wire.PROTOCOL
+        if isinstance(error, WireError) and number is None and asked:
+            version, number = _sender(asked)
+        self._send(peer, [msgpack.packb([version, {"id": number, kind: text}, []])])
 
-    def _send(self, peer: bytes, header: dict[str, Any], arrays: wire.Arrays) -> None:
+    def _send(self, peer: bytes, frames: list) -> None:
+        for place, frame in enumerate(frames):
+            if len(frame) >= LARGE_FRAME:
+                frames[place] = zmq.Frame(frame, track=True, copy=False)
+                self._unread.add(peer, frames[place])
         try:
-            self._socket.send_multipart([peer, *wire.pack(header, arrays)], zmq.NOBLOCK, copy=False)
-        except zmq.ZMQError as error:
-            log.warning("%s cannot answer a peer: %s", self.name, error)
+            self._socket.send_multipart([peer, *frames], zmq.NOBLOCK, copy=False)
+        except zmq.ZMQError as error:  # the peer left, or does not read
+            self._counts["unsent"] += 1
+            self._complain(logging.INFO, f"cannot answer a peer: {error}")
+
+
+def _number(header: dict[str, Any]) -> int:
+    number = header.get("id")
+    if type(number) is not int or not 0 <= number < 1 << 63:
+        raise WireError("a request's id is an integer from 0 to 2**63 - 1")
+    return number
+
+
+def _sender(frames: list) -> tuple[int, int | None]:
+    """Protocol and number of a request that could not be read: a peer of another version gets an answer it reads."""
+    try:
+        version, header, *_ = msgpack.unpackb(frames[0].bytes, strict_map_key=False)
+        if type(version) is int and 0 < version < 256:
+            return version, _number(header)
+    except Exception:  # not even a header
+        pass
+    return wire.PROTOCOL, None
+
+
+def _allow_open_files() -> None:
+    """Raise this process's limit of open files as far as it may."""
+    try:
+        import resource
+    except ImportError:  # not a Unix
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 class Client:
@@ -256,9 +411,15 @@ class Client:
         future.number = next(self._numbers)
         header = {"id": future.number, "method": method, "args": args or {}}
         frames = wire.pack(header, arrays)
+        if len(frames[0]) > MAX_HEAD_BYTES:
+            raise WireError(
+                f"the header of {method!r} takes {len(frames[0])} bytes, at most {MAX_HEAD_BYTES}"
+            )
         self._pending[future.number] = future
         self._outgoing.append(frames)
         self._wake()
+        if self._stop.is_set():  # nobody sends it any more
+            self._fail_pending()
         return future
 
     def call(
@@ -305,12 +466,20 @@ class Client:
                     except zmq.Again:
                         break
         finally:
-            for future in list(self._pending.values()):
-                if not future.done():
-                    future.set_exception(RemoteError(f"the client of {self.name} was closed"))
+            self._fail_pending()
             self._socket.close()
             self._context.term()
             self._wake.close()
+
+    def _fail_pending(self, error: TwinRLError | None = None) -> None:
+        error = error or RemoteError(f"the client of {self.name} was closed")
+        while self._pending:
+            try:
+                _, future = self._pending.popitem()
+            except KeyError:  # another thread was faster
+                return
+            if future.set_running_or_notify_cancel():
+                future.set_exception(error)
 
     def _send_outgoing(self) -> None:
         while self._outgoing:
@@ -322,8 +491,12 @@ class Client:
             self._outgoing.popleft()
 
     def _receive(self, frames: list) -> None:
-        header, arrays = wire.unpack(frames)
-        future = self._pending.pop(header.get("id"), None)
+        try:
+            header, arrays = wire.unpack(frames)
+            future = self._pending.pop(header.get("id"), None)
+        except Exception as error:  # a server of another version, not of this run
+            self._fail_pending(Rejected(f"the answer of {self.name}: {error}"))
+            return
         if future is None or not future.set_running_or_notify_cancel():
             return
         if "rejected" in header:
@@ -331,7 +504,7 @@ class Client:
         elif "error" in header:
             future.set_exception(RemoteError(f"{self.name}: {header['error']}"))
         else:
-            future.set_result((header["result"], arrays))
+            future.set_result((header.get("result"), arrays))
 
 
 def free_port() -> int:
