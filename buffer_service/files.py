@@ -1,8 +1,10 @@
-"""Segment files: records appended by the service, mapped by every reader on the same host.
+"""Segment files: records appended by the service or by a writer on the same host, mapped by every reader there.
 
-A file `NNNNNN.seg` holds records of one source, so that eviction of one source empties whole files. It is
-made at its full size (sparse) so that a reader maps it once, and cut to its content when it is sealed. A sealed
-file is read-only and synced: only files that can still be written may hold torn records after a crash.
+A file `NNNNNN.seg` holds records of one source and one appender, so that eviction of one source empties whole
+files. It is made at its full size (sparse) so that it is mapped once, and cut to its content when it is sealed. A
+sealed file is read-only and synced: only files that can still be written may hold torn records after a crash.
+The service gives every file its number and counts only what was adopted into it; whatever else a writer puts
+there is cut off.
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ import mmap
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from buffer_service import record
+from twinrl.core.errors import Rejected
 from twinrl.core.segment import Segment
 
 FILE_BYTES = 256 << 20
@@ -38,53 +41,61 @@ def identity(folder: Path) -> dict[str, str]:
         return {}
 
 
+def write_at(descriptor: int, buffers: list[Any], place: int) -> None:
+    """Write all `buffers`, one after the other, from byte `place` on."""
+    while buffers:
+        part = buffers[:_IOV]
+        count = os.pwritev(descriptor, part, place)
+        place += count
+        while buffers and count >= len(buffers[0]):
+            count -= len(buffers.pop(0))
+        if count:
+            buffers[0] = memoryview(buffers[0])[count:]
+
+
 class Found(NamedTuple):
     """A record met by `SegmentFiles.scan`."""
 
-    id: int
     file: int
     offset: int
     length: int
+    time: float  # s since the epoch, when it was encoded
     sealed: bool  # the file was complete before the last process ended
 
 
 class _Active:
-    """The file that a source's records are appended to."""
+    """A file that records are appended to."""
 
     def __init__(self, path: Path, number: int, size: int) -> None:
-        self.number, self.size, self.offset, self.dirty = number, size, 0, False
+        self.number, self.size, self.end, self.dirty = number, size, 0, False
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
         os.ftruncate(self.descriptor, size)
 
     def write(self, buffers: list[Any], length: int) -> int:
         """Write at the end. When it fails (disk full) the end stays where it was."""
-        place = self.offset
-        while buffers:
-            part = buffers[:_IOV]
-            count = os.pwritev(self.descriptor, part, place)
-            place += count
-            while buffers and count >= len(buffers[0]):
-                count -= len(buffers.pop(0))
-            if count:
-                buffers[0] = memoryview(buffers[0])[count:]
-        start, self.offset, self.dirty = self.offset, self.offset + length, True
+        write_at(self.descriptor, buffers, self.end)
+        return self.advance(length)
+
+    def advance(self, length: int) -> int:
+        """Count `length` more bytes as content; returns where they start."""
+        start, self.end, self.dirty = self.end, self.end + length, True
         return start
 
     def seal(self) -> None:
         """Make everything durable, cut the empty tail, forbid further writing."""
-        os.ftruncate(self.descriptor, self.offset)
+        os.ftruncate(self.descriptor, self.end)
         os.fsync(self.descriptor)
         os.fchmod(self.descriptor, 0o444)
         os.close(self.descriptor)
 
 
 class SegmentFiles:
-    """The segment files of a run, written by one process."""
+    """The segment files of a run, managed by one process."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self._active: dict[str, _Active] = {}
+        self._active: dict[Hashable, _Active] = {}  # by appender: a source, or (writer, source)
         self._full: list[_Active] = []  # to be sealed by whoever syncs next
         self._lock = threading.Lock()  # append and sync come from different threads
         self._syncing = threading.Lock()
@@ -94,23 +105,65 @@ class SegmentFiles:
         """Numbers of the files there are, oldest first."""
         return sorted(int(p.stem) for p in self.folder.glob("*.seg") if p.stem.isdigit())
 
-    def append(
-        self, id: int, segment: Segment, file_bytes: int = FILE_BYTES
-    ) -> tuple[int, int, int]:
+    def append(self, segment: Segment, file_bytes: int = FILE_BYTES) -> tuple[int, int, int]:
         """Write a record to its source's file; returns (file number, offset, length)."""
-        buffers, length = record.encode(id, *segment)
-        source = segment.header["source"]
+        return self.append_record(segment.header["source"], *record.encode(*segment), file_bytes)
+
+    def append_record(
+        self, source: str, buffers: list[Any], length: int, file_bytes: int = FILE_BYTES
+    ) -> tuple[int, int, int]:
+        """The same with an encoded record."""
         with self._lock:
             active = self._active.get(source)
-            if active is not None and active.offset + length > active.size:
-                self._full.append(self._active.pop(source))
-                active = None
-            if active is None:
-                path = path_of(self.folder, self._next)
-                active = _Active(path, self._next, max(file_bytes, length))
-                self._active[source] = active
-                self._next += 1
+            if active is None or active.end + length > active.size:
+                active = self._open(source, max(file_bytes, length))
         return active.number, active.write(buffers, length), length
+
+    def allocate(self, writer: str, source: str, file_bytes: int) -> tuple[int, int]:
+        """A new file for `writer` to put its records into, in place of its last one; returns (number, size)."""
+        with self._lock:
+            active = self._open((writer, source), file_bytes)
+            return active.number, active.size
+
+    def adopt(self, writer: str, source: str, file: int, offset: int, length: int) -> None:
+        """Count a record that `writer` put into its file as content; Rejected where that cannot be."""
+        with self._lock:
+            active = self._active.get((writer, source))
+            if active is None or active.number != file:
+                raise Rejected(
+                    f"segment file {file} is not writer {writer!r}'s for source {source}"
+                )
+            if offset != active.end or length <= 0 or offset + length > active.size:
+                raise Rejected(
+                    f"bytes {offset} to {offset + length} do not follow the content of segment file {file}, "
+                    f"which ends at {active.end} of {active.size}"
+                )
+            active.advance(length)
+
+    def owned(self, writer: str, source: str) -> tuple[int, int] | None:
+        """The file that was allocated to `writer` last, and where its content ends."""
+        with self._lock:
+            active = self._active.get((writer, source))
+            return None if active is None else (active.number, active.end)
+
+    def release(self, writer: str) -> None:
+        """Seal the files that were allocated to `writer`."""
+        with self._lock:
+            for key in [k for k in self._active if isinstance(k, tuple) and k[0] == writer]:
+                self._full.append(self._active.pop(key))
+
+    def _open(self, key: Hashable, size: int) -> _Active:
+        if key in self._active:
+            self._full.append(self._active.pop(key))
+        active = _Active(path_of(self.folder, self._next), self._next, size)
+        self._active[key] = active
+        self._next += 1
+        return active
+
+    @property
+    def appenders(self) -> int:
+        """How many files are being written."""
+        return len(self._active)
 
     def is_active(self, number: int) -> bool:
         """Whether records may still be appended to file `number` (or it waits to be sealed)."""
@@ -156,9 +209,9 @@ class SegmentFiles:
             if path.stat().st_size:
                 buffer = map_file(path)
                 while (found := record.prefix(buffer, offset)) is not None:
-                    if not record.intact(buffer, offset, found, columns=not sealed):
+                    if not record.intact(buffer, offset, columns=not sealed):
                         break
-                    yield Found(found.id, number, offset, found.length, sealed)
+                    yield Found(number, offset, found.length, found.time, sealed)
                     offset += found.length
             if not sealed:
                 os.truncate(path, offset)
@@ -175,19 +228,20 @@ class MappedFiles:
         self._maps: dict[int, mmap.mmap] = {}
 
     def segment(self, file: int, offset: int) -> Segment:
-        """The decoded segment at `offset`, views of mapped memory. FileNotFoundError when it was evicted."""
-        return record.decode(self._map(file), offset)
+        """The segment at `offset`, views of mapped memory. FileNotFoundError when it was evicted."""
+        return record.decode(self.map(file), offset)
 
     def raw(self, file: int, offset: int, length: int) -> memoryview:
         """The bytes of a record."""
-        return memoryview(self._map(file))[offset : offset + length]
+        return memoryview(self.map(file))[offset : offset + length]
 
     def forget(self, keep: set[int]) -> None:
         """Let go of the maps of all files but `keep`; views stay valid."""
         for number in [n for n in self._maps if n not in keep]:
             del self._maps[number]
 
-    def _map(self, file: int) -> mmap.mmap:
+    def map(self, file: int) -> mmap.mmap:
+        """The whole file, mapped; views of it stay valid when it is deleted."""
         if file not in self._maps:
             self._maps[file] = map_file(path_of(self.folder, file))
         return self._maps[file]

@@ -1,131 +1,172 @@
 """A record: one segment as bytes that describe themselves, on disk and on the way to other hosts.
 
-    prefix    48 bytes: magic, id, length of the whole record, length and CRC-32 of the head, CRC-32 of the columns
-    head      msgpack [header, [[column, dtype, shape, offset], ...]], offsets from the start of the columns
-    columns   raw arrays, each aligned to 64 bytes so that mapped views are as good as allocated ones
+    prefix    48 bytes: magic, length of the record, length of the head, time, XXH3-64 of head and of columns
+    head      msgpack [header, [[column, dtype, shape, offset, bytes, codec], ...]], offsets from the start of
+              the columns; codec "" for raw
+    columns   raw arrays or encoded bytes, each aligned to 64 bytes so that mapped views are as good as allocated
 
-A record's length is a multiple of 64, so records that follow each other in a file stay aligned.
+A record is known by its header's (writer, sequence); where it lies is the index's business. Its length is a
+multiple of 64, so records that follow each other in a file stay aligned.
 """
 
 from __future__ import annotations
 
 import math
 import struct
-import zlib
+import time
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import msgpack
 import numpy as np
 
 from twinrl.core import wire
+from twinrl.core.checksum import digest
+from twinrl.core.codec import Encoded
 from twinrl.core.errors import WireError
 from twinrl.core.segment import Segment
 
 ALIGNMENT = 64
-MAGIC = b"TWRLREC1"
-_PREFIX = struct.Struct("<8sQQIII12x")
+MAGIC = b"TWRLREC2"
+_PREFIX = struct.Struct("<8sQQdQQ")
 PREFIX_BYTES = _PREFIX.size
 
 
 class Prefix(NamedTuple):
     """What a record says about itself before its head is parsed."""
 
-    id: int
     length: int  # bytes of the whole record, padding included
     head_length: int
-    head_crc: int
-    columns_crc: int
+    time: float  # s since the epoch, when it was encoded
+    head_digest: int
+    columns_digest: int
 
 
-def encode(id: int, header: dict[str, Any], columns: wire.Arrays) -> tuple[list[Any], int]:
+def encode(header: dict[str, Any], columns: wire.Arrays) -> tuple[list[Any], int]:
     """Buffers to be written one after the other, and their total length; columns are not copied."""
-    specs, buffers, offset, crc = [], [], 0, 0
+    specs, buffers, contents, offset = [], [], [], 0
     for name, column in columns.items():
-        column = np.ascontiguousarray(column)
-        if column.dtype.kind not in wire.ALLOWED_KINDS:
-            raise WireError(f"column {name!r} has dtype {column.dtype}, which cannot be stored")
-        specs.append([name, column.dtype.str, list(column.shape), offset])
-        if column.size:
-            raw = memoryview(column.reshape(-1).view(np.uint8))
-            crc = zlib.crc32(raw, crc)
-            buffers += [raw, _padding(column.nbytes)]
-            offset += _aligned(column.nbytes)
+        codec, raw = _bytes(name, column)
+        specs.append([name, column.dtype.str, list(column.shape), offset, len(raw), codec])
+        if len(raw):
+            contents.append(raw)
+            buffers += [raw, _padding(len(raw))]
+            offset += _aligned(len(raw))
     head = msgpack.packb([header, specs])
     start = _aligned(PREFIX_BYTES + len(head))
-    prefix = _PREFIX.pack(MAGIC, id, start + offset, len(head), zlib.crc32(head), crc)
+    prefix = _PREFIX.pack(
+        *(MAGIC, start + offset, len(head), time.time(), digest(head), digest(*contents))
+    )
     lead = prefix + head + _padding(PREFIX_BYTES + len(head))
     return [lead, *(each for each in buffers if len(each))], start + offset
 
 
+def _bytes(name: str, column: Any) -> tuple[str, Any]:
+    if isinstance(column, Encoded):
+        return column.codec, memoryview(column.data)
+    if column.dtype.kind not in wire.ALLOWED_KINDS:
+        raise WireError(f"column {name!r} has dtype {column.dtype}, which cannot be stored")
+    if not column.size:
+        return "", b""
+    return "", memoryview(np.ascontiguousarray(column).reshape(-1).view(np.uint8))
+
+
 def prefix(buffer: Any, offset: int = 0) -> Prefix | None:
     """The prefix of the record at `offset`, or None where no whole record lies."""
-    if offset + PREFIX_BYTES > len(buffer):
+    if offset < 0 or offset + PREFIX_BYTES > len(buffer):
         return None
     magic, *fields = _PREFIX.unpack_from(buffer, offset)
     found = Prefix(*fields)
     if magic != MAGIC or offset + found.length > len(buffer):
         return None
-    if found.length < PREFIX_BYTES + found.head_length:
+    if found.length < PREFIX_BYTES + found.head_length or found.length % ALIGNMENT:
         return None
     return found
 
 
-def holds(buffer: Any, id: int) -> bool:
-    """Whether `buffer` starts with the intact record `id`."""
-    found = prefix(buffer)
-    return found is not None and found.id == id and intact(buffer, 0, found, columns=True)
-
-
-def intact(buffer: Any, offset: int, found: Prefix, columns: bool) -> bool:
-    """Whether the head, and the `columns` too when asked for, are the bytes that were written."""
-    view = memoryview(buffer)
+def intact(buffer: Any, offset: int = 0, columns: bool = True) -> bool:
+    """Whether a whole record lies at `offset` and its head, and its `columns` too when asked for, are what was written."""
+    found = prefix(buffer, offset)
+    if found is None:
+        return False
     start = offset + PREFIX_BYTES
-    if zlib.crc32(view[start : start + found.head_length]) != found.head_crc:
+    if digest(memoryview(buffer)[start : start + found.head_length]) != found.head_digest:
         return False
     if not columns:
         return True
     try:
-        segment = decode(buffer, offset)
+        raws = [raw for *_, raw in _columns(buffer, offset, found)[1]]
     except WireError:
         return False
-    crc = 0
-    for column in segment.columns.values():
-        if column.size:
-            crc = zlib.crc32(memoryview(column.reshape(-1).view(np.uint8)), crc)
-    return crc == found.columns_crc
+    return digest(*raws) == found.columns_digest
 
 
 def decode(buffer: Any, offset: int = 0, verify: bool = False) -> Segment:
-    """The segment of the record at `offset`; its columns are read-only views of `buffer`.
+    """The segment of the record at `offset`; its columns are read-only views of `buffer`, or `Encoded` ones.
 
     With `verify` both checksums are compared: for bytes that came from another host.
     """
     found = prefix(buffer, offset)
     if found is None:
         raise WireError(f"no record at byte {offset}")
-    if verify and not intact(buffer, offset, found, columns=True):
-        raise WireError(f"record {found.id} is damaged: its checksum does not fit")
-    start = offset + PREFIX_BYTES
-    header, specs = _head(bytes(memoryview(buffer)[start : start + found.head_length]))
-    base = offset + _aligned(PREFIX_BYTES + found.head_length)
-    columns = {}
-    for name, dtype_name, shape, place in specs:
-        dtype, count = np.dtype(dtype_name), math.prod(shape)
-        if dtype.kind not in wire.ALLOWED_KINDS or count < 0 or place < 0:
-            raise WireError(f"record {found.id}: column {name!r} is not allowed")
-        if base + place + count * dtype.itemsize > offset + found.length:
-            raise WireError(f"record {found.id}: column {name!r} reaches beyond the record")
-        column = np.frombuffer(buffer, dtype, count, base + place).reshape(shape)
-        column.flags.writeable = False
-        columns[name] = column
+    if verify and not intact(buffer, offset):
+        raise WireError(f"the record at byte {offset} is damaged: its checksum does not fit")
+    header, places = _columns(buffer, offset, found)
+    columns: dict[str, Any] = {}
+    for name, dtype, shape, codec, raw in places:
+        if codec:
+            data = np.frombuffer(raw, np.uint8)
+            data.flags.writeable = False
+            columns[name] = Encoded(codec, dtype, shape, data)
+        else:
+            column = np.frombuffer(raw, dtype).reshape(shape)
+            column.flags.writeable = False
+            columns[name] = column
     return Segment(header, columns)
 
 
-def _head(raw: bytes) -> tuple[dict[str, Any], list]:
+def header(buffer: Any, offset: int = 0) -> dict[str, Any]:
+    """The header of the record at `offset`, without its columns."""
+    found = prefix(buffer, offset)
+    if found is None:
+        raise WireError(f"no record at byte {offset}")
+    return _head(buffer, offset, found)[0]
+
+
+def _columns(buffer: Any, offset: int, found: Prefix) -> tuple[dict[str, Any], list[tuple]]:
+    header, specs = _head(buffer, offset, found)
+    return header, list(_places(buffer, offset, found, specs))
+
+
+def _places(
+    buffer: Any, offset: int, found: Prefix, specs: list
+) -> Iterator[tuple[str, np.dtype, tuple, str, memoryview]]:
+    view = memoryview(buffer)
+    base, end = offset + _aligned(PREFIX_BYTES + found.head_length), offset + found.length
+    for spec in specs:
+        try:
+            name, dtype_name, shape, place, nbytes, codec = spec
+            dtype, shape = np.dtype(dtype_name), tuple(int(n) for n in shape)
+            counts = nbytes == math.prod(shape) * dtype.itemsize or bool(codec)
+        except (TypeError, ValueError) as error:
+            raise WireError(f"a record's column {spec!r} cannot be read: {error}") from None
+        if dtype.kind not in wire.ALLOWED_KINDS or not counts or min(shape, default=0) < 0:
+            raise WireError(f"a record's column {spec!r} is not allowed")
+        if place < 0 or nbytes < 0 or base + place + nbytes > end:
+            raise WireError(f"a record's column {name!r} reaches beyond the record")
+        yield name, dtype, shape, codec, view[base + place : base + place + nbytes]
+
+
+def _head(buffer: Any, offset: int, found: Prefix) -> tuple[dict[str, Any], list]:
+    start = offset + PREFIX_BYTES
     try:
-        header, specs = msgpack.unpackb(raw, strict_map_key=False)
+        header, specs = msgpack.unpackb(
+            bytes(memoryview(buffer)[start : start + found.head_length]), strict_map_key=False
+        )
     except Exception as error:  # msgpack raises many kinds on broken bytes
         raise WireError(f"a record's head cannot be read: {error}") from None
+    if not isinstance(header, dict) or not isinstance(specs, list):
+        raise WireError("a record's head is malformed")
     return header, specs
 
 

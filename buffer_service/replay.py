@@ -19,20 +19,25 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from buffer_service import embedded_redis
+from buffer_service.changes import Changes
 from buffer_service.embedded_redis import RedisError
 from buffer_service.entry import Entry
 from buffer_service.limiter import ONLINE, RateLimiter
 from buffer_service.polls import Polls
-from buffer_service.store import SCHEMA_CURE, FileStore
+from buffer_service.store import SCHEMA_CURE, Store
 from twinrl.core import wire
 from twinrl.core.errors import Rejected, TwinRLError
 from twinrl.core.segment import SOURCES, Schema, Segment, check
-from twinrl.core.sockets import Request, Server
+from twinrl.core.sockets import MAX_MESSAGE_BYTES, Request, Server
 
 log = logging.getLogger(__name__)
 TICK = 0.1  # s
 MAX_ENTRIES = 1000  # in one answer
 MAX_FETCH_BYTES = 128 << 20
+MAX_PRIORITIES = 10_000  # in one answer
+LEASE_SECONDS = (
+    60.0  # a writer that is silent for so long is dead; a living one says hello more often
+)
 
 
 class _Insert(NamedTuple):
@@ -49,25 +54,48 @@ class _Change(NamedTuple):
     future: Future
 
 
+class _Delete(NamedTuple):
+    """Work for the committer: segments that somebody asked to delete."""
+
+    ids: list[int]
+    future: Future
+
+
+class _Abandon(NamedTuple):
+    """Work for the committer: a writer is dead, its open episodes are to be closed."""
+
+    writer: str
+
+
+_Work = _Insert | _Change | _Delete | _Abandon
+
+
 class Service:
     """Answers the replay methods on a Server; `store` must be recovered already."""
 
     def __init__(
         self,
-        store: FileStore,
+        store: Store,
         server: Server,
         schema: Schema,
         limiter: RateLimiter | None = None,
         redis_again: Callable[[], embedded_redis.Redis] | None = None,
+        lease: float = LEASE_SECONDS,
     ) -> None:
-        """`redis_again()` connects to Redis anew after it was away, and starts it if it is ours."""
+        """`redis_again()` connects to Redis anew after it was away, and starts it if it is ours.
+
+        lease: s without a word after which a writer's open episodes are closed as truncated.
+        """
         self.store, self.server, self.schema = store, server, schema
         self.limiter = limiter or RateLimiter()
         self._redis_again = redis_again
         self._lock = threading.RLock()
-        self._work: queue.SimpleQueue[_Insert | _Change | None] = queue.SimpleQueue()
+        self._work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._polls = Polls(self._lock)
         self._sessions: dict[str, str] = {}
+        self._lease, self._start = lease, time.monotonic()
+        self._heard: dict[str, float] = {}  # monotonic s of each writer's last word
+        self._changes = Changes()
         self._boot = format(time.time_ns(), "x")  # readers start over when it changes
         self._evicted_to = 0  # every twin segment up to this id is gone
         self._stop = threading.Event()
@@ -82,8 +110,8 @@ class Service:
         }
         self._restore_limiter()
         for method in (
-            *("hello", "insert", "index", "fetch", "permit"),
-            *("cursor_read", "cursor_commit", "info"),
+            *("hello", "insert", "allocate", "insert_file", "index", "fetch", "permit"),
+            *("priorities", "priorities_read", "delete", "cursor_read", "cursor_commit", "info"),
         ):
             server.bind(method, getattr(self, method))
         self._committer = threading.Thread(target=self._commit_loop, name="committer", daemon=True)
@@ -125,6 +153,9 @@ class Service:
             "host": socket.gethostname(),
             "folder": str(self.store.folder),
             "token": self.store.token,
+            "form": self.store.form,
+            "flush": self.store.flush_policy,
+            "lease": self._lease,
         }
         writer, session = args.get("writer"), args.get("session")
         if writer is not None:
@@ -138,45 +169,102 @@ class Service:
 
     def insert(self, request: Request) -> Future | dict[str, Any]:
         """Take a segment; acknowledged when it is durable. Repeats are dropped, gaps are refused."""
-        header = request.args["header"]
-        segment = Segment(header, request.arrays)
+        segment = Segment(request.args["header"], request.arrays)
         check(segment, self.schema)
-        writer, sequence = header["writer"], header["sequence"]
-        oldest = request.args.get("oldest", sequence)  # the writer knows all before as acknowledged
-        future: Future = Future()
+        header = segment.header
         with self._lock:
-            self._check_session(writer, request.args.get("session"))
-            last = self.store.appended.get(writer, -1)
-            if sequence <= last:
-                self._rates["repeats"] += 1
-                self._work.put(_Insert(None, writer, future))
-            elif sequence == last + 1 or sequence == oldest:
-                try:
-                    entry = self.store.append(segment)
-                except OSError as error:
-                    raise TwinRLError(
-                        f"replay cannot write {self.store.folder}: {error}; make room there"
-                    ) from None
-                self._work.put(_Insert(entry, writer, future))
-            else:
-                # Overtaken by a later one while the service was away: take them in order only.
-                return {"refused": True, "expected": max(last + 1, oldest)}
+            return self._insert(
+                request.args,
+                *(header["writer"], header["sequence"]),
+                lambda: self.store.append(segment),
+            )
+
+    def allocate(self, request: Request) -> dict[str, Any]:
+        """A file for a writer on this host to put its records into; `bytes`: of its next one."""
+        args = request.args
+        writer, source, nbytes = args["writer"], args["source"], int(args["bytes"])
+        if source not in SOURCES:
+            raise Rejected(f"source {source!r} is none of {', '.join(SOURCES)}")
+        if not 0 < nbytes <= MAX_MESSAGE_BYTES:
+            raise Rejected(f"a record of {nbytes} bytes; at most {MAX_MESSAGE_BYTES}")
+        with self._lock:
+            self._check_session(writer, args["session"])
+            try:
+                file, size = self.store.allocate(writer, source, nbytes)
+            except OSError as error:
+                raise self._full(error) from None
+        return {"file": file, "size": size}
+
+    def insert_file(self, request: Request) -> Future | dict[str, Any]:
+        """`insert` of a record that its writer put into the file it was allocated, where that file's content ends.
+
+        Where it does not lie there (the service or Redis was away), {"refused", "anew"} asks to allocate anew.
+        """
+        args = request.args
+        writer, sequence, place = args["writer"], int(args["sequence"]), _place(args)
+        with self._lock:
+            if sequence <= self.store.appended.get(writer, -1):
+                return self._insert(args, writer, sequence, None)
+            if self.store.placed(writer, args["source"]) != place[:2]:
+                self._check_session(writer, args["session"])
+                expected = self.store.appended.get(writer, -1) + 1
+                return {"refused": True, "expected": max(expected, args["oldest"]), "anew": True}
+            segment = self.store.written(*place)
+            check(segment, self.schema)
+            header = segment.header
+            names = (header["writer"], header["sequence"], header["source"])
+            if names != (writer, sequence, args["source"]):
+                raise Rejected(f"the record is {names}, not {(writer, sequence, args['source'])}")
+            return self._insert(args, writer, sequence, lambda: self.store.adopt(segment, *place))
+
+    def _insert(
+        self, args: dict[str, Any], writer: str, sequence: int, take: Callable[[], Entry] | None
+    ) -> Future | dict[str, Any]:
+        oldest = args.get("oldest", sequence)  # the writer knows all before as acknowledged
+        future: Future = Future()
+        self._check_session(writer, args.get("session"))
+        last = self.store.appended.get(writer, -1)
+        if sequence <= last:
+            self._rates["repeats"] += 1
+            self._work.put(_Insert(None, writer, future))
+        elif take is not None and (sequence == last + 1 or sequence == oldest):
+            try:
+                self._work.put(_Insert(take(), writer, future))
+            except OSError as error:
+                raise self._full(error) from None
+        else:
+            # Overtaken by a later one while the service was away: take them in order only.
+            return {"refused": True, "expected": max(last + 1, oldest)}
         return future
 
+    def _full(self, error: OSError) -> TwinRLError:
+        return TwinRLError(f"replay cannot write {self.store.folder}: {error}; make room there")
+
     def index(self, request: Request) -> Future:
-        """Entries with an id above `after`, waiting up to `wait` s for one."""
+        """Entries with an id above `after`, and what became of others since change `seen`; waits up to `wait` s."""
         args = request.args
-        after, sampled = args.get("after", 0), args.get("sampled", 0)
+        after, sampled, seen = args.get("after", 0), args.get("sampled", 0), args.get("seen", 0)
         if sampled:
             with self._lock:
                 self._count_samples(sampled)
 
         def ready(late: bool) -> dict[str, Any] | None:
             entries = self._entries_after(after)
-            known = (self._boot, self._evicted_to)
-            if not entries and not late and known == (args.get("boot"), args.get("evicted_to")):
+            known = (args.get("boot"), args.get("evicted_to"), seen)
+            mine = (self._boot, self._evicted_to, self._changes.newest)
+            if "seen" not in args:
+                known, mine = known[:2], mine[:2]
+            if not entries and not late and known == mine:
                 return None
-            return {"entries": entries, "boot": self._boot, "evicted_to": self._evicted_to}
+            gone, changed = self._changes.since(seen)
+            return {
+                "entries": entries,
+                "boot": self._boot,
+                "evicted_to": self._evicted_to,
+                "seen": self._changes.newest,
+                "gone": gone,
+                "changed": changed,
+            }
 
         return self._polls.add(ready, float(request.args.get("wait", 0.0)))
 
@@ -219,6 +307,34 @@ class Service:
         wait, who = float(request.args.get("wait", 0.0)), request.args.get("who", "somebody")
         return self._polls.add(ready, wait, who, reason)
 
+    def priorities(self, request: Request) -> Future:
+        """Set the priority of each segment of `ids`; durable when answered. Those of evicted ones are dropped."""
+        ids, values = request.args["ids"], request.args["values"]
+        if len(ids) != len(values):
+            raise Rejected(f"{len(ids)} ids, {len(values)} values")
+        if not all(0 < float(value) < float("inf") for value in values):
+            raise Rejected("a priority is a positive finite number")
+        future: Future = Future()
+        with self._lock:
+            self.store.set_priorities(
+                {int(id): float(value) for id, value in zip(ids, values, strict=True)}
+            )
+            self._work.put(_Change(future))
+        return future
+
+    def priorities_read(self, request: Request) -> dict[str, Any]:
+        """The priorities that were set, of segments with an id above `after`, rising; some at a time."""
+        after = int(request.args.get("after", 0))
+        with self._lock:
+            ids = sorted(id for id in self.store.priorities if id > after)[:MAX_PRIORITIES]
+            return {"ids": ids, "values": [self.store.priorities[id] for id in ids]}
+
+    def delete(self, request: Request) -> Future:
+        """Delete segments for good, of whatever source; durable when answered with how many there were."""
+        future: Future = Future()
+        self._work.put(_Delete([int(id) for id in request.args["ids"]], future))
+        return future
+
     def cursor_read(self, request: Request) -> dict[str, Any]:
         """A named cursor as last committed; one that nobody committed stands at 0."""
         with self._lock:
@@ -250,6 +366,10 @@ class Service:
                 "writers": dict(self.store.committed),
                 "waiting": self._waiting(),
                 "stats": self._sizes(),
+                "form": self.store.form,
+                "flush": self.store.flush_policy,
+                "remover": self.store.remover,
+                "capacity": dict(self.store.capacity),
             }
 
     def stats(self) -> dict[str, Any]:
@@ -286,6 +406,7 @@ class Service:
     def _check_session(self, writer: str, session: str | None) -> None:
         if session is None:
             return
+        self._heard[writer] = time.monotonic()
         if self._sessions.setdefault(writer, session) != session:
             raise Rejected(
                 f"the writer name {writer!r} was taken over by a newer process: "
@@ -317,10 +438,22 @@ class Service:
             if time.monotonic() - last >= 1.0:
                 last = time.monotonic()
                 self._work.put(_Change(Future()))  # the sample count
+                self._expire(last)
                 try:
                     self.store.flush()
                 except OSError as error:
                     log.error("segment files cannot be synced: %s", error)
+
+    def _expire(self, now: float) -> None:
+        with self._lock:
+            silent = [
+                writer
+                for writer in {name for name, _ in self.store.open_episodes} | set(self._heard)
+                if now - self._heard.get(writer, self._start) > self._lease
+            ]
+            for writer in silent:
+                self._heard.pop(writer, None)
+                self._work.put(_Abandon(writer))
 
     def _commit_loop(self) -> None:
         try:
@@ -341,38 +474,69 @@ class Service:
             log.exception("the committer failed")
             self.failure = error
 
-    def _commit(self, work: list[_Insert | _Change]) -> None:
+    def _commit(self, work: list[_Work]) -> None:
         entries = [each.entry for each in work if isinstance(each, _Insert) and each.entry]
+        moved = self.store.moves()
         with self._lock:
-            evicted = self.store.evictions(entries)
+            evicted = {entry.id: entry for entry in self.store.evictions(entries)}
+            oldest = [id for id, entry in evicted.items() if entry.source == "twin"]
+            deleted = self._deletions(work, evicted)
+            changed = {entry.id: entry for entry in moved} | self._closed(work)
+            changes = [entry for id, entry in changed.items() if id not in evicted]
             self.store.count(entries)
+        gone = list(evicted.values())
         while True:
             try:
-                self.store.commit(entries, evicted)
+                self.store.commit(entries, gone, changes)
                 break
             except RedisError as error:
                 if not self._wait_for_redis(error):
                     raise
         with self._lock:
-            self.store.publish(entries, evicted)
+            self.store.publish(entries, gone, changes)
+            self._changes.add(gone, changes)
             steps = sum(entry.steps for entry in entries)
             self.limiter.inserted += sum(e.steps for e in entries if e.source in ONLINE)
             self._rates["inserts"] += steps
             self._rates["bytes"] += sum(entry.length for entry in entries)
-            if evicted:
-                self._evicted_to = evicted[-1].id
+            if oldest:
+                self._evicted_to = oldest[-1]
             hold = bool(self.limiter.why_not_insert())
             committed = dict(self.store.committed)
         for each in work:
-            if isinstance(each, _Change):
+            if isinstance(each, _Insert):
+                acknowledged = each.entry.sequence if each.entry else committed[each.writer]
+                each.future.set_result(
+                    {"acknowledged": acknowledged, "repeated": each.entry is None, "hold": hold}
+                )
+            elif isinstance(each, _Delete):
+                each.future.set_result({"deleted": deleted})
+            elif isinstance(each, _Change):
                 each.future.set_result({})
-                continue
-            acknowledged = each.entry.sequence if each.entry else committed[each.writer]
-            each.future.set_result(
-                {"acknowledged": acknowledged, "repeated": each.entry is None, "hold": hold}
-            )
-        if entries:
+        if entries or gone or changes:
             self._polls.answer()
+
+    def _deletions(self, work: list[_Work], evicted: dict[int, Entry]) -> int:
+        """Add what is to be deleted to `evicted`; returns how many that are."""
+        before = len(evicted)
+        for each in work:
+            if isinstance(each, _Delete):
+                known = self.store.entries
+                evicted |= {id: known[id] for id in each.ids if id in known}
+        return len(evicted) - before
+
+    def _closed(self, work: list[_Work]) -> dict[int, Entry]:
+        closed: dict[int, Entry] = {}
+        for each in work:
+            if isinstance(each, _Abandon):
+                closed |= {entry.id: entry for entry in self.store.abandoned(each.writer)}
+                self.store.release(each.writer)
+        for entry in closed.values():
+            log.warning(
+                "writer %s is silent for %g s: episode %s is closed as truncated after %d steps",
+                *(entry.writer, self._lease, entry.episode, entry.first_step + entry.steps),
+            )
+        return closed
 
     def _wait_for_redis(self, error: Exception) -> bool:
         """Until Redis answers again and knows everything; False when the service is to end."""
@@ -392,3 +556,7 @@ class Service:
                 log.info("Redis is still away: %s", again)
             self._stop.wait(0.2)
         return False
+
+
+def _place(args: dict[str, Any]) -> tuple[int, int, int]:
+    return int(args["file"]), int(args["offset"]), int(args["length"])

@@ -14,8 +14,8 @@ from pathlib import Path
 from buffer_service import embedded_redis
 from buffer_service.embedded_redis import EmbeddedRedis
 from buffer_service.limiter import RateLimiter
-from buffer_service.replay import Service
-from buffer_service.store import FLUSH_POLICIES, FileStore, Recovery
+from buffer_service.replay import LEASE_SECONDS, Service
+from buffer_service.store import FLUSH_POLICIES, REMOVERS, FileStore, Recovery
 from twinrl.core.errors import TwinRLError
 from twinrl.core.keys import Keys, create_keys
 from twinrl.core.metrics import Reporter
@@ -23,6 +23,7 @@ from twinrl.core.segment import Schema
 from twinrl.core.sockets import Server
 
 log = logging.getLogger(__name__)
+FSYNC = {"always": "always", "everysec": "everysec", "never": "no"}  # of Redis's own log
 
 
 def serve(
@@ -32,8 +33,10 @@ def serve(
     *,
     redis_url: str = "",
     run: str = "",
-    capacity: int | None = None,
+    capacity: dict[str, int] | int | None = None,
     flush: str = "everysec",
+    remover: str = "oldest",
+    lease: float = LEASE_SECONDS,
     limiter: RateLimiter | None = None,
     metrics_address: str = "",
     stop: threading.Event | None = None,
@@ -43,7 +46,9 @@ def serve(
     address: where to listen; "tcp://127.0.0.1:*" takes a free port, and the same one after a restart. What was
     taken is written to `run_dir/replay/address` once the service is ready, and printed.
     redis_url: "" starts the run's own Redis in `run_dir/redis`. run: the prefix of its keys in Redis, by default
-    the folder's name. capacity: bytes of twin segments to keep. metrics_address: the collector's.
+    the folder's name. capacity: bytes to keep of each source, or of twins. remover: which of a full source's
+    segments go, "oldest" or "lowest_priority". lease: s after which a silent writer's episodes are closed.
+    metrics_address: the collector's.
     """
     run_dir = Path(run_dir).resolve()
     folder = run_dir / "replay"
@@ -58,7 +63,7 @@ def serve(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise TwinRLError(f"another replay service is already serving {run_dir}") from None
-        embedded = None if redis_url else EmbeddedRedis(run_dir / "redis", fsync=flush)
+        embedded = None if redis_url else EmbeddedRedis(run_dir / "redis", fsync=FSYNC[flush])
 
         def redis_again() -> embedded_redis.Redis:
             if embedded is None:
@@ -66,10 +71,13 @@ def serve(
             return embedded.connect() if embedded.alive() else embedded.start()
 
         try:
-            store = FileStore(folder, redis_again(), run or run_dir.name, schema, capacity, flush)
+            store = FileStore(
+                *(folder, redis_again(), run or run_dir.name, schema),
+                *(capacity, flush, remover),
+            )
             _report(store.recover())
             server = _listen(address, folder / "address", run_dir / "keys")
-            service = Service(store, server, schema, limiter, redis_again).start()
+            service = Service(store, server, schema, limiter, redis_again, lease).start()
             reporter = None
             if metrics_address:
                 keys = Keys.load(run_dir / "keys" / "cluster.key")
@@ -121,7 +129,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--address", default="tcp://127.0.0.1:*")
     parser.add_argument("--redis-url", default="", help="default: a Redis of the run's own")
     parser.add_argument("--run", default="", help="prefix of the keys in Redis")
-    parser.add_argument("--capacity", type=int, help="bytes of twin segments to keep")
+    parser.add_argument(
+        "--capacity",
+        type=json.loads,
+        help='bytes of twin segments to keep, or {"twin": N, "real": M}',
+    )
+    parser.add_argument("--remover", default="oldest", choices=REMOVERS)
+    parser.add_argument("--lease", type=float, default=LEASE_SECONDS, metavar="SECONDS")
     parser.add_argument("--flush", default="everysec", choices=FLUSH_POLICIES)
     parser.add_argument("--limiter", default="{}", help="the RateLimiter's arguments as JSON")
     parser.add_argument("--metrics-address", default="")

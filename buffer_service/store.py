@@ -1,8 +1,9 @@
 """Where segments are kept: the Store interface and its file form.
 
-The order that makes an acknowledgement a promise: `append` writes the payload, `commit` makes it as durable as
-the flush policy says and then puts index entry, dedupe state and counters into Redis with one transaction.
-A process that dies in between leaves payload without an entry, which `recover` indexes from its own header.
+The order that makes an acknowledgement a promise: `append` writes the payload (or a writer on the same host wrote
+it, and `adopt` takes it in), `commit` makes it as durable as the flush policy says and then puts index entry,
+dedupe state and counters into Redis with one transaction. A process that dies in between leaves payload without
+an entry, which `recover` indexes from its own header.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import logging
 import os
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,14 +22,16 @@ import msgpack
 
 from buffer_service import record
 from buffer_service.embedded_redis import Redis
-from buffer_service.entry import Entry, describe
-from buffer_service.files import FILE_BYTES, Found, MappedFiles, SegmentFiles, identity
-from twinrl.core.errors import ConfigError, ResumeError, WireError
+from buffer_service.entry import CUT, LEASE, OPEN, Entry, describe
+from buffer_service.files import FILE_BYTES, Found, MappedFiles, SegmentFiles, identity, path_of
+from twinrl.core.errors import ConfigError, Rejected, ResumeError, WireError
 from twinrl.core.segment import SOURCES, Schema, Segment
 
 log = logging.getLogger(__name__)
-FLUSH_POLICIES = ("always", "everysec")
-EVICTABLE = "twin"  # what people and robots did is never evicted
+FLUSH_POLICIES = ("everysec", "always", "never")
+REMOVERS = ("oldest", "lowest_priority")
+LEAST_CAPACITY = 1 << 20
+COMPACT_BELOW = 0.5  # a sealed file with a smaller share of live bytes is rewritten
 SCHEMA_CURE = (
     "take the configuration the run was started with, or start a new run with another run.name"
 )
@@ -45,7 +48,8 @@ class Recovery(NamedTuple):
 class Store(ABC):
     """Segments with their index, in order of insertion.
 
-    `append` is called by one thread, `commit` and `flush` by others; the caller guards the fields with a lock.
+    `append` and `adopt` are called by one thread, `commit` and `flush` by others; the caller guards the fields
+    with a lock.
     """
 
     entries: dict[int, Entry]  # committed, by id, oldest first
@@ -53,6 +57,8 @@ class Store(ABC):
     committed: dict[str, int]  # writer -> highest sequence number that may be acknowledged
     cursors: dict[str, dict[str, int]]  # name -> {"position", "taken", "skipped", ...}
     counters: dict[str, int]  # kept over restarts: inserted and sampled transitions
+    priorities: dict[int, float]  # of segments, where the learner set one
+    open_episodes: dict[tuple[str, str], int]  # (writer, episode) -> id of its newest segment
 
     @abstractmethod
     def recover(self) -> Recovery:
@@ -63,16 +69,48 @@ class Store(ABC):
         """Write the payload; not yet visible, not yet to be acknowledged."""
 
     @abstractmethod
+    def allocate(self, writer: str, source: str, nbytes: int) -> tuple[int, int]:
+        """A file for a writer on this host to put records of at least `nbytes` into: (number, size)."""
+
+    @abstractmethod
+    def written(self, file: int, offset: int, length: int) -> Segment:
+        """What a writer put there; Rejected where no whole record lies."""
+
+    @abstractmethod
+    def adopt(self, segment: Segment, file: int, offset: int, length: int) -> Entry:
+        """`append` for a payload that its writer has written."""
+
+    @abstractmethod
+    def placed(self, writer: str, source: str) -> tuple[int, int] | None:
+        """The file that was allocated to `writer` for `source` last, and where its content ends."""
+
+    @abstractmethod
+    def set_priorities(self, values: dict[int, float]) -> None:
+        """Priorities of segments that there are; durable with the next commit."""
+
+    @abstractmethod
+    def abandoned(self, writer: str) -> list[Entry]:
+        """Entries that close the episodes a dead writer left open."""
+
+    @abstractmethod
     def evictions(self, entries: list[Entry]) -> list[Entry]:
         """Which segments must go when `entries` come in."""
 
     @abstractmethod
-    def commit(self, entries: list[Entry], evicted: list[Entry]) -> None:
-        """Make `entries` durable: payload first, then one transaction. May be repeated after a failure."""
+    def moves(self) -> list[Entry]:
+        """Entries with the new places of records that were copied so that their old file, mostly dead, can go."""
 
     @abstractmethod
-    def publish(self, entries: list[Entry], evicted: list[Entry]) -> None:
-        """Show committed entries in the fields above and forget the evicted ones."""
+    def commit(
+        self, entries: list[Entry], evicted: list[Entry], changed: Sequence[Entry] = ()
+    ) -> None:
+        """Make it all durable: payload first, then one transaction. May be repeated after a failure."""
+
+    @abstractmethod
+    def publish(
+        self, entries: list[Entry], evicted: list[Entry], changed: Sequence[Entry] = ()
+    ) -> None:
+        """Show in the fields above what was committed."""
 
     @abstractmethod
     def raw(self, entry: Entry) -> memoryview:
@@ -81,6 +119,10 @@ class Store(ABC):
     @abstractmethod
     def flush(self) -> None:
         """What `everysec` does every second."""
+
+    @abstractmethod
+    def release(self, writer: str) -> None:
+        """The writer is gone: seal its files."""
 
     @abstractmethod
     def reconnect(self, redis: Redis) -> None:
@@ -94,37 +136,50 @@ class Store(ABC):
 class FileStore(Store):
     """Payload in mapped segment files in `folder`; Redis holds index, dedupe state, cursors and counters."""
 
+    form = "files"
+
     def __init__(
         self,
         folder: Path,
         redis: Redis,
         run: str,
         schema: Schema,
-        capacity: int | None = None,
+        capacity: dict[str, int] | int | None = None,
         flush: str = "everysec",
+        remover: str = "oldest",
     ) -> None:
-        """`capacity`: bytes of twin segments to keep (None: as many as the disk takes)."""
+        """`capacity`: bytes to keep of each source, or of twins (None, or a source left out: as many as fit)."""
         if flush not in FLUSH_POLICIES:
             raise ConfigError(f"flush is {flush!r}, must be one of {', '.join(FLUSH_POLICIES)}")
-        if capacity is not None and capacity < 1 << 20:
-            raise ConfigError(f"a capacity of {capacity} bytes holds no segment; at least 1 MiB")
-        self.capacity, self.schema, self._always = capacity, schema, flush == "always"
+        if remover not in REMOVERS:
+            raise ConfigError(f"remover is {remover!r}, must be one of {', '.join(REMOVERS)}")
+        self.capacity = _capacities(capacity)
+        self.schema, self.flush_policy, self.remover = schema, flush, remover
         self.folder = folder
         self._redis, self._prefix = redis, f"twinrl:{run}:"
         self._files, self._mapped = SegmentFiles(folder), MappedFiles(folder)
-        # Small files when little is kept, so that eviction gives bytes back soon.
-        self._file_bytes = min(FILE_BYTES, max((capacity or 8 * FILE_BYTES) // 8, 1 << 20))
         self.entries, self.appended, self.committed = {}, {}, {}
         self.cursors, self.counters = {}, collections.defaultdict(int)
+        self.priorities, self.open_episodes = {}, {}
+        self._new_priorities: dict[int, float] = {}
         self.bytes = dict.fromkeys(SOURCES, 0)
         self.transitions = dict.fromkeys(SOURCES, 0)
-        self._twins: collections.deque[int] = collections.deque()
+        self._order: dict[str, dict[int, None]] = {source: {} for source in SOURCES}  # oldest first
         self._live: collections.Counter[int] = collections.Counter()  # segments in each file
+        self._live_bytes: collections.Counter[int] = collections.Counter()
+        self._sparse: set[int] = set()  # files that lost others than their oldest segments
         self._next = 1
         self._identify(folder)
 
     def _key(self, name: str) -> str:
         return self._prefix + name
+
+    def _file_bytes(self, source: str) -> int:
+        """Small files when little is kept or many write, so that eviction gives bytes back soon."""
+        share = 8 * max(self._files.appenders, 1)
+        return min(
+            FILE_BYTES, max(self.capacity.get(source, 8 * FILE_BYTES) // share, LEAST_CAPACITY)
+        )
 
     def _identify(self, folder: Path) -> None:
         """Folder and Redis must belong together, and to the same schema."""
@@ -152,46 +207,57 @@ class FileStore(Store):
         self._redis.hset(self._key("run"), mapping=self._identity)
 
     def recover(self) -> Recovery:
-        indexed = {
-            int(id): Entry(*msgpack.unpackb(value))
-            for id, value in self._redis.hgetall(self._key("index")).items()
-        }
-        for writer, sequence in self._redis.hgetall(self._key("writers")).items():
-            self.appended[writer.decode()] = int(sequence)
-        for name, value in self._redis.hgetall(self._key("counters")).items():
-            self.counters[name.decode()] = int(value)
-        for name, value in self._redis.hgetall(self._key("cursors")).items():
-            self.cursors[name.decode()] = msgpack.unpackb(value)
-        found = {each.id: each for each in self._files.scan()}
-        lost = [entry for entry in indexed.values() if not self._holds(entry, found.get(entry.id))]
+        indexed = self._read_index()
+        found = {(each.file, each.offset): each for each in self._files.scan()}
+        lost = [
+            e for e in indexed.values() if not self._holds(e, found.pop((e.file, e.offset), None))
+        ]
         for entry in lost:
             del indexed[entry.id]
-        reindexed = self._reindex(each for id, each in sorted(found.items()) if id not in indexed)
+        self._next = max([*indexed, *(e.id for e in lost), self.counters["last_id"], 0]) + 1
+        reindexed = self._reindex(sorted(found.values(), key=lambda each: each.time))
         entries = sorted([*indexed.values(), *reindexed])
-        self._next = max([*found, *(entry.id for entry in entries), self.counters["last_id"]]) + 1
         self.commit(reindexed, lost)
         self.publish(entries, [])
         self.committed = dict(self.appended)
         self._drop_files(set(self._files.numbers()) - set(self._live))
         return Recovery(len(entries), len(reindexed), lost)
 
+    def _read_index(self) -> dict[int, Entry]:
+        """Fill the fields from Redis and return its index."""
+        for writer, sequence in self._redis.hgetall(self._key("writers")).items():
+            self.appended[writer.decode()] = int(sequence)
+        for name, value in self._redis.hgetall(self._key("counters")).items():
+            self.counters[name.decode()] = int(value)
+        for name, value in self._redis.hgetall(self._key("cursors")).items():
+            self.cursors[name.decode()] = msgpack.unpackb(value)
+        for id, value in self._redis.hgetall(self._key("priorities")).items():
+            self.priorities[int(id)] = float(value)
+        return {
+            int(id): Entry(*msgpack.unpackb(value))
+            for id, value in self._redis.hgetall(self._key("index")).items()
+        }
+
     def _holds(self, entry: Entry, found: Found | None) -> bool:
         """Whether the record of an index entry is there."""
         if found is not None:
-            return (found.file, found.offset, found.length) == entry[-3:]
+            return found.length == entry.length
         try:  # behind a damaged record the walk through the file saw nothing
-            return record.holds(self.raw(entry), entry.id)
-        except (OSError, ValueError):
+            raw = self.raw(entry)
+            header = record.header(raw)
+        except (OSError, ValueError, WireError):
             return False
+        name = (header.get("writer"), header.get("sequence"))
+        return name == (entry.writer, entry.sequence) and record.intact(raw)
 
     def _reindex(self, found: Iterable[Found]) -> list[Entry]:
         entries = []
         for each in found:
             try:
                 segment = self._mapped.segment(each.file, each.offset)
-                entry = describe(each.id, segment, each.file, each.offset, each.length)
+                entry = describe(self._next, segment, each.file, each.offset, each.length)
             except (WireError, KeyError) as error:
-                log.error("the record of segment %d cannot be read: %s", each.id, error)
+                log.error("file %d, byte %d: cannot be read: %s", each.file, each.offset, error)
                 continue
             # Evicted segments lie in files with live ones for a while: they are no news. And where a crash
             # left a gap in a writer's numbers, the writer has no acknowledgement and sends again from there.
@@ -200,6 +266,7 @@ class FileStore(Store):
             if entry.sequence > last and follows:
                 entries.append(entry)
                 self.appended[entry.writer] = entry.sequence
+                self._next += 1
         self.count(entries)
         return entries
 
@@ -209,29 +276,83 @@ class FileStore(Store):
             self.counters[f"inserted/{entry.source}"] += entry.steps
 
     def append(self, segment: Segment) -> Entry:
-        place = self._files.append(self._next, segment, self._file_bytes)
-        entry = describe(self._next, segment, *place)
+        source = segment.header["source"]
+        return self._taken(segment, *self._files.append(segment, self._file_bytes(source)))
+
+    def allocate(self, writer: str, source: str, nbytes: int) -> tuple[int, int]:
+        return self._files.allocate(writer, source, max(self._file_bytes(source), nbytes))
+
+    def written(self, file: int, offset: int, length: int) -> Segment:
+        try:
+            whole = self._mapped.map(file)
+            found = record.prefix(whole, offset)
+            if found is None or found.length != length:
+                raise WireError(f"no record of {length} bytes lies at byte {offset}")
+            return record.decode(whole, offset)
+        except (OSError, WireError) as error:
+            raise Rejected(f"segment file {file}: {error}") from None
+
+    def adopt(self, segment: Segment, file: int, offset: int, length: int) -> Entry:
+        header = segment.header
+        self._files.adopt(header["writer"], header["source"], file, offset, length)
+        return self._taken(segment, file, offset, length)
+
+    def placed(self, writer: str, source: str) -> tuple[int, int] | None:
+        return self._files.owned(writer, source)
+
+    def _taken(self, segment: Segment, file: int, offset: int, length: int) -> Entry:
+        entry = describe(self._next, segment, file, offset, length)
         self._next += 1
         self.appended[entry.writer] = entry.sequence
         return entry
 
     def evictions(self, entries: list[Entry]) -> list[Entry]:
-        if self.capacity is None:
-            return []
-        coming = sum(entry.length for entry in entries if entry.source == EVICTABLE)
-        excess, evicted = self.bytes[EVICTABLE] + coming - self.capacity, []
-        for id in self._twins:
+        evicted: list[Entry] = []
+        for source, capacity in self.capacity.items():
+            coming = sum(entry.length for entry in entries if entry.source == source)
+            excess = self.bytes[source] + coming - capacity
             if excess <= 0:
-                break
-            evicted.append(self.entries[id])
-            excess -= self.entries[id].length
+                continue
+            order: Iterable[int] = self._order[source]
+            if self.remover == "lowest_priority":
+                # Sorting costs, so some more than needed goes. What was never drawn has no priority: it stays.
+                order = sorted(order, key=lambda id: (self.priorities.get(id, float("inf")), id))
+                excess += capacity // 64
+            for id in order:
+                if excess <= 0:
+                    break
+                evicted.append(self.entries[id])
+                excess -= self.entries[id].length
         return evicted
 
-    def commit(self, entries: list[Entry], evicted: list[Entry]) -> None:
-        if self._always and entries:
+    def moves(self) -> list[Entry]:
+        # Where the oldest go, whole files empty by themselves.
+        for number in self._sparse:
+            if self._files.is_active(number) or number not in self._live:
+                continue
+            size = path_of(self.folder, number).stat().st_size
+            if self._live_bytes[number] >= COMPACT_BELOW * size:
+                continue
+            self._sparse.discard(number)
+            moved = []
+            for entry in [e for e in self.entries.values() if e.file == number]:
+                # A file of its own: another thread appends to the source's.
+                place = self._files.append_record(
+                    f"moved {entry.source}", [self.raw(entry)], entry.length, size
+                )
+                moved.append(entry._replace(file=place[0], offset=place[1]))
+            if self.flush_policy != "never":
+                self._files.sync()  # what was durable stays durable: the old file is about to go
+            return moved
+        return []
+
+    def commit(
+        self, entries: list[Entry], evicted: list[Entry], changed: Sequence[Entry] = ()
+    ) -> None:
+        if self.flush_policy == "always" and (entries or changed):
             self._files.sync()
         writers = {entry.writer: entry.sequence for entry in entries}
-        self._transact(entries, writers, evicted)
+        self._transact([*entries, *changed], writers, evicted)
 
     def _transact(
         self,
@@ -243,52 +364,98 @@ class FileStore(Store):
         index = {entry.id: msgpack.packb(entry) for entry in entries}
         if index:
             self.counters["last_id"] = max(self.counters["last_id"], *index)
+        priorities = dict(self.priorities if anew else self._new_priorities)
         with self._redis.pipeline(transaction=True) as pipeline:
             if anew:
-                pipeline.delete(self._key("index"))
+                pipeline.delete(self._key("index"), self._key("priorities"))
                 pipeline.hset(self._key("run"), mapping=self._identity)
             if index:
                 pipeline.hset(self._key("index"), mapping=index)
             if writers:
                 pipeline.hset(self._key("writers"), mapping=writers)
+            if priorities:
+                pipeline.hset(self._key("priorities"), mapping=priorities)
             if evicted:
-                pipeline.hdel(self._key("index"), *(entry.id for entry in evicted))
+                for name in ("index", "priorities"):
+                    pipeline.hdel(self._key(name), *(entry.id for entry in evicted))
             cursors = {name: msgpack.packb(each) for name, each in dict(self.cursors).items()}
             if cursors:
                 pipeline.hset(self._key("cursors"), mapping=cursors)
             if self.counters:
                 pipeline.hset(self._key("counters"), mapping=dict(self.counters))
             pipeline.execute()
+        for id, value in priorities.items():
+            if self._new_priorities.get(id) == value:
+                del self._new_priorities[id]
 
-    def publish(self, entries: list[Entry], evicted: list[Entry]) -> None:
+    def set_priorities(self, values: dict[int, float]) -> None:
+        known = {id: value for id, value in values.items() if id in self.entries}
+        self.priorities |= known
+        self._new_priorities |= known
+
+    def publish(
+        self, entries: list[Entry], evicted: list[Entry], changed: Sequence[Entry] = ()
+    ) -> None:
         for entry in entries:
-            self.entries[entry.id] = entry
             self.bytes[entry.source] += entry.length
             self.transitions[entry.source] += entry.steps
-            self._live[entry.file] += 1
-            if entry.source == EVICTABLE:
-                self._twins.append(entry.id)
+            self._order[entry.source][entry.id] = None
             self.committed[entry.writer] = entry.sequence
+            self._place(entry)
+        for entry in changed:
+            if entry.id in self.entries:
+                self._displace(self.entries[entry.id])
+                self._place(entry)
         for entry in evicted:
-            del self.entries[entry.id]
-            self._twins.popleft()
+            order = self._order[entry.source]
+            if next(iter(order)) != entry.id:
+                self._sparse.add(self.entries[entry.id].file)
+            del order[entry.id]
+            self._displace(self.entries.pop(entry.id))
+            self.priorities.pop(entry.id, None)
+            self._new_priorities.pop(entry.id, None)
             self.bytes[entry.source] -= entry.length
             self.transitions[entry.source] -= entry.steps
-            self._live[entry.file] -= 1
         self._drop_files({n for n, live in self._live.items() if not live})
+
+    def _place(self, entry: Entry) -> None:
+        self.entries[entry.id] = entry
+        self._live[entry.file] += 1
+        self._live_bytes[entry.file] += entry.length
+        episode = (entry.writer, entry.episode)
+        if entry.end != OPEN:
+            self.open_episodes.pop(episode, None)
+        elif entry.id >= self.open_episodes.get(episode, 0):
+            self.open_episodes[episode] = entry.id
+
+    def _displace(self, entry: Entry) -> None:
+        self._live[entry.file] -= 1
+        self._live_bytes[entry.file] -= entry.length
+        if self.open_episodes.get((entry.writer, entry.episode)) == entry.id:
+            del self.open_episodes[entry.writer, entry.episode]
+
+    def abandoned(self, writer: str) -> list[Entry]:
+        ids = [id for (name, _), id in self.open_episodes.items() if name == writer]
+        return [self.entries[id]._replace(end=CUT, marked=LEASE) for id in ids]
+
+    def release(self, writer: str) -> None:
+        self._files.release(writer)
 
     def _drop_files(self, numbers: set[int]) -> None:
         for number in numbers:
             if not self._files.is_active(number):
                 self._files.delete(number)
-                del self._live[number]
+                self._live.pop(number, None)
+                self._live_bytes.pop(number, None)
+                self._sparse.discard(number)
                 self._mapped.forget(set(self._live))
 
     def raw(self, entry: Entry) -> memoryview:
         return self._mapped.raw(entry.file, entry.offset, entry.length)
 
     def flush(self) -> None:
-        self._files.sync()
+        if self.flush_policy != "never":
+            self._files.sync()
 
     def reconnect(self, redis: Redis) -> None:
         self._redis = redis
@@ -298,3 +465,17 @@ class FileStore(Store):
         self._files.close()
         self._transact([], {}, [])
         self._redis.close()
+
+
+def _capacities(capacity: dict[str, int] | int | None) -> dict[str, int]:
+    if capacity is None:
+        return {}
+    found = capacity if isinstance(capacity, dict) else {"twin": capacity}
+    for source, nbytes in found.items():
+        if source not in SOURCES:
+            raise ConfigError(f"capacity names source {source!r}; sources are {', '.join(SOURCES)}")
+        if nbytes < LEAST_CAPACITY:
+            raise ConfigError(
+                f"a capacity of {nbytes} bytes for {source} holds no segment; at least 1 MiB"
+            )
+    return dict(found)

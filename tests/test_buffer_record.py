@@ -23,7 +23,7 @@ def stored(first: int = 0, steps: int = 8, id: int = 1, **options) -> tuple[Entr
 
 def test_record_keeps_every_byte_and_aligns_columns():
     _, original = stored(5)
-    buffers, length = record.encode(7, *original)
+    buffers, length = record.encode(*original)
     raw = b"".join(buffers)
     assert len(raw) == length and length % 64 == 0
     place = np.zeros(length + 64, np.uint8)
@@ -39,7 +39,7 @@ def test_record_keeps_every_byte_and_aligns_columns():
 
 @pytest.mark.parametrize("place", [0, 60, -70])
 def test_damage_anywhere_is_noticed(place):
-    raw = bytearray(b"".join(record.encode(7, *stored()[1])[0]))
+    raw = bytearray(b"".join(record.encode(*stored()[1])[0]))
     raw[place] ^= 1
     with pytest.raises(WireError):
         record.decode(bytes(raw), verify=True)
@@ -47,13 +47,13 @@ def test_damage_anywhere_is_noticed(place):
 
 def test_objects_are_not_stored():
     with pytest.raises(WireError, match="dtype object"):
-        record.encode(1, {}, {"action": np.array([None])})
+        record.encode({}, {"action": np.array([None])})
 
 
 def test_files_roll_are_sealed_and_scanned(tmp_path):
     files = SegmentFiles(tmp_path)
     segments = [stored(n, id=n)[1] for n in range(1, 9)]
-    places = [files.append(n, each, 20_000) for n, each in enumerate(segments, 1)]
+    places = [files.append(each, 20_000) for each in segments]
     mapped = MappedFiles(tmp_path)
     for each, (file, offset, _) in zip(segments, places, strict=True):
         assert mapped.segment(file, offset).header == each.header
@@ -65,18 +65,18 @@ def test_files_roll_are_sealed_and_scanned(tmp_path):
 
 def test_scan_stops_at_a_torn_record(tmp_path):
     files = SegmentFiles(tmp_path)
-    places = [files.append(n, stored(n, id=n)[1]) for n in (1, 2, 3)]
+    places = [files.append(stored(n, id=n)[1]) for n in (1, 2, 3)]
     number, offset, length = places[2]
     with open(path_of(tmp_path, number), "r+b") as file:  # the process died within the third
         file.seek(offset + length - 64)
         file.write(b"\xff" * 64)
-    assert [f.id for f in SegmentFiles(tmp_path).scan()] == [1, 2]
+    assert [(f.file, f.offset, f.length) for f in SegmentFiles(tmp_path).scan()] == places[:2]
     assert os.path.getsize(path_of(tmp_path, number)) == offset
 
 
 def test_a_failed_write_leaves_no_trace(tmp_path, monkeypatch):
     files = SegmentFiles(tmp_path)
-    files.append(1, stored(1)[1])
+    first = files.append(stored(1)[1])
 
     def full(*_):
         raise OSError(28, "No space left on device")
@@ -84,9 +84,10 @@ def test_a_failed_write_leaves_no_trace(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwritev", full)
         with pytest.raises(OSError):
-            files.append(2, stored(2)[1])
-    files.append(2, stored(2)[1])
-    assert [f.id for f in SegmentFiles(tmp_path).scan()] == [1, 2]
+            files.append(stored(2)[1])
+    second = files.append(stored(2)[1])
+    found = [(f.file, f.offset, f.length) for f in SegmentFiles(tmp_path).scan()]
+    assert found == [first, second]
 
 
 @pytest.mark.parametrize(
