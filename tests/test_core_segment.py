@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from twinrl.core import codec
 from twinrl.core.errors import SchemaMismatch, WireError
 from twinrl.core.segment import Schema, Segment, check, decode, encode
 
@@ -56,6 +57,25 @@ def test_round_trip():
     assert back.nbytes == segment.nbytes
 
 
+IMAGES = "observation.images.side"
+
+
+@pytest.mark.parametrize("name", codec.CODECS)
+def test_images_may_be_encoded(name):
+    segment = make()
+    raw = segment.columns[IMAGES]
+    segment.columns[IMAGES] = codec.encode(raw, name)
+    back = decode([bytes(f) for f in encode(segment)], SCHEMA)
+    assert back.columns[IMAGES].codec == name
+    assert back.nbytes == segment.nbytes
+    assert segment.nbytes == make().nbytes - raw.nbytes + segment.columns[IMAGES].nbytes
+    plain = back.decoded()
+    assert plain.nbytes == make().nbytes
+    np.testing.assert_array_equal(plain.columns[IMAGES], segment.columns[IMAGES].decode())
+    assert plain.decoded() is plain
+    assert back.columns[IMAGES].codec == name
+
+
 def break_header(**changes):
     def apply(segment):
         segment.header.update(changes)
@@ -101,6 +121,10 @@ def early_end(segment):
         (break_column("frame_step", lambda c: c + 1), "rise"),
         (break_column("chunk_step", lambda c: c.astype("f4")), "integers"),
         (lambda s: s.columns.update({"surprise": np.zeros(T)}), "surprise"),
+        (break_column("reward", lambda c: codec.encode(c, "raw")), "only images"),
+        (break_column("frame_step", lambda c: codec.encode(c, "zstd")), "only images"),
+        (break_column(IMAGES, lambda c: codec.encode(c[:-1], "zstd")), "rows"),
+        (break_column("action", lambda c: np.float32(1).reshape(())), "single value"),
         (
             lambda s: s.columns.update({k: v[:0] for k, v in s.columns.items()}),
             "without steps",
@@ -126,7 +150,10 @@ def test_a_broken_rule_is_named(damage, words):
     ],
 )
 def test_another_schema_is_a_mismatch(schema):
-    check(make(), SCHEMA)
-    with pytest.raises(SchemaMismatch):
-        check(make(), schema)
+    encoded = make()
+    encoded.columns[IMAGES] = codec.encode(encoded.columns[IMAGES], "zstd")
+    for segment in (make(), encoded):
+        check(segment, SCHEMA)
+        with pytest.raises(SchemaMismatch):
+            check(segment, schema)
     assert schema.digest() != SCHEMA.digest()

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from twinrl.core import wire
+from twinrl.core.codec import encode
 from twinrl.core.errors import WireError
 
 
@@ -69,6 +70,31 @@ def frames_with(spec, payload=b"\0" * 8, version=wire.PROTOCOL):
         frames_with(["x", "nonsense", [1]]),
         frames_with(["x", "<f8", [1 << 62, 8]]),
         frames_with(["x", "<f8"]),
+        frames_with(["x", "<f8", [1], "raw", 0]),
+        frames_with("x<8"),
+        frames_with(["", "<f8", [1]]),
+        frames_with(["x" * 201, "<f8", [1]]),
+        frames_with([7, "<f8", [1]]),
+        frames_with(["x", ["<f8"], [1]]),
+        frames_with(["x", "<f8,<f8", []]),
+        frames_with(["x", "|V8", [1]]),
+        frames_with(["x", "<M8[s]", [1]]),
+        frames_with(["x", "<c8", [1]]),
+        frames_with(["x", "|i8", [1]]),
+        frames_with(["x", "|S99999", [0]]),
+        frames_with(["x", "<f8", [1.0]]),
+        frames_with(["x", "<f8", [True]]),
+        frames_with(["x", "<f8", 1]),
+        frames_with(["x", "<f8", [1] * 9]),
+        frames_with(["x", "<f8", [0, 1 << 30, 1 << 30, 1 << 30]]),
+        frames_with(["x", "<f8", [1], "zip"]),
+        frames_with(["x", "<f8", [1], None]),
+        frames_with(["x", "<f8", [], "raw"]),
+        frames_with(["x", "|u1", [1 << 20, 1 << 20], "zstd"]),
+        frames_with(["x", "<f4", [1, 1, 1, 3], "jpeg95"]),
+        [msgpack.packb([wire.PROTOCOL, {}, [["x", "|u1", [1]]] * 2]), b"a", b"b"],
+        [msgpack.packb([wire.PROTOCOL, {}, [["x", "|u1", [0]]] * 257]), *[b""] * 257],
+        [b"\x91" * 100_000],  # nested a hundred thousand deep
         [msgpack.packb([wire.PROTOCOL, {}, []]), b"surplus"],
         [msgpack.packb([wire.PROTOCOL, [], []])],
     ],
@@ -78,14 +104,44 @@ def test_hostile_bytes_raise_only_wire_errors(frames):
         wire.unpack(frames)
 
 
+def test_a_long_header_is_refused_before_it_is_read(monkeypatch):
+    monkeypatch.setattr(wire, "MAX_HEADER_BYTES", 100)
+    with pytest.raises(WireError, match="allowed 100"):
+        through({"x": "y" * 200})
+
+
+def test_a_long_encoded_column_is_refused(monkeypatch):
+    monkeypatch.setattr(wire, "MAX_ENCODED_BYTES", 100)
+    images = {"x": encode(np.zeros((2, 8, 8, 3), np.uint8), "raw")}
+    with pytest.raises(WireError, match="allowed 100"):
+        through({}, images)
+
+
+def test_a_header_that_msgpack_cannot_hold():
+    with pytest.raises(WireError, match="header"):
+        wire.pack({"x": 1 << 70})
+
+
+def test_descriptions_alone_restore_columns():
+    """Records use them too: what `describe` gives, `restore` takes."""
+    for column in (np.arange(6.0).reshape(2, 3), encode(np.ones((4, 2), "i4"), "zstd")):
+        spec, buffer = wire.describe("x", column)
+        name, back = wire.restore(spec, bytes(buffer))
+        assert (name, back.dtype, back.shape) == ("x", column.dtype, column.shape)
+        assert len(spec) == (3 if isinstance(column, np.ndarray) else 4)
+        plain = [each if isinstance(each, np.ndarray) else each.decode() for each in (back, column)]
+        np.testing.assert_array_equal(*plain)
+
+
 def test_random_bytes_raise_only_wire_errors():
     rng = np.random.default_rng(0)
-    good = wire.pack({"a": 1}, {"x": np.arange(10)})
+    images = encode(np.arange(48, dtype=np.uint8).reshape(1, 4, 4, 3), "zstd")
+    good = wire.pack({"a": 1}, {"x": np.arange(10), "y": images})
     for _ in range(2000):
         head = bytearray(good[0])
         for i in rng.integers(len(head), size=3):
             head[i] = rng.integers(256)
         try:
-            wire.unpack([bytes(head), bytes(good[1])])
+            wire.unpack([bytes(head), bytes(good[1]), bytes(good[2])])
         except WireError:
             pass

@@ -20,7 +20,8 @@ from twinrl.core.errors import WireError
 PROTOCOL = 2
 # bool, integers, floats, fixed bytes: nothing that could carry an object
 ALLOWED_KINDS = "biufS"
-_DTYPE = re.compile(r"[<>|](b1|[iu][1248]|f[248]|S[1-9][0-9]{0,3})")
+_DTYPE = re.compile(r"\|(b1|[iu]1|S[1-9][0-9]{0,3})|[<>]([iu][248]|f[248])")
+_dtype = functools.lru_cache(maxsize=256)(np.dtype)
 MAX_ARRAYS = 256
 MAX_NAME = 200  # characters of an array's name
 MAX_ROWS = 1 << 31  # along any axis
@@ -123,14 +124,6 @@ def unpack(frames: Sequence[Any]) -> tuple[dict[str, Any], Arrays]:
             raise WireError(f"two arrays are called {name!r}")
         arrays[name] = array
     return header, arrays
-
-
-@functools.lru_cache(maxsize=256)
-def _dtype(name: str) -> np.dtype:
-    try:
-        return np.dtype(name)
-    except TypeError as error:  # "|i8" and the like
-        raise WireError(f"dtype {name!r}: {error}") from None
 
 
 def _plain(value: Any) -> Any:
