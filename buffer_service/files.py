@@ -1,7 +1,7 @@
 """Segment files: records appended by the service or by a writer on the same host, mapped by every reader there.
 
 A file `NNNNNN.seg` holds records of one source and one appender, so that eviction of one source empties whole
-files. It is made at its full size (sparse) so that it is mapped once, and cut to its content when it is sealed. A
+files. It is made at its full size so that it is mapped once, and cut to its content when it is sealed. A
 sealed file is read-only and synced: only files that can still be written may hold torn records after a crash.
 The service gives every file its number and counts only what was adopted into it; whatever else a writer puts
 there is cut off.
@@ -66,10 +66,19 @@ class Found(NamedTuple):
 class _Active:
     """A file that records are appended to."""
 
-    def __init__(self, path: Path, number: int, size: int) -> None:
+    def __init__(self, path: Path, number: int, size: int, durable: bool) -> None:
         self.number, self.size, self.end, self.dirty = number, size, 0, False
+        self.path, self._durable = path, durable
         self.descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
-        os.ftruncate(self.descriptor, size)
+        try:
+            if durable:  # reserved: twice as fast to fill on a disk
+                os.posix_fallocate(self.descriptor, 0, size)
+            else:  # in memory file systems that would touch every page twice
+                os.ftruncate(self.descriptor, size)
+        except OSError:
+            os.close(self.descriptor)
+            path.unlink()
+            raise
 
     def write(self, buffers: list[Any], length: int) -> int:
         """Write at the end. When it fails (disk full) the end stays where it was."""
@@ -82,18 +91,21 @@ class _Active:
         return start
 
     def seal(self) -> None:
-        """Make everything durable, cut the empty tail, forbid further writing."""
+        """Cut the empty tail, make everything durable, forbid further writing. Without content the file goes."""
         os.ftruncate(self.descriptor, self.end)
-        os.fsync(self.descriptor)
+        if not self.end:
+            self.path.unlink(missing_ok=True)
+        elif self._durable:
+            os.fsync(self.descriptor)
         os.fchmod(self.descriptor, 0o444)
         os.close(self.descriptor)
 
 
 class SegmentFiles:
-    """The segment files of a run, managed by one process."""
+    """The segment files of a run, managed by one process. Without `durable` nothing is ever synced."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, durable: bool = True) -> None:
+        self.folder, self._durable = folder, durable
         folder.mkdir(parents=True, exist_ok=True)
         self._active: dict[Hashable, _Active] = {}  # by appender: a source, or (writer, source)
         self._full: list[_Active] = []  # to be sealed by whoever syncs next
@@ -155,7 +167,7 @@ class SegmentFiles:
     def _open(self, key: Hashable, size: int) -> _Active:
         if key in self._active:
             self._full.append(self._active.pop(key))
-        active = _Active(path_of(self.folder, self._next), self._next, size)
+        active = _Active(path_of(self.folder, self._next), self._next, size, self._durable)
         self._active[key] = active
         self._next += 1
         return active
@@ -171,7 +183,7 @@ class SegmentFiles:
             return any(a.number == number for a in [*self._active.values(), *self._full])
 
     def sync(self) -> None:
-        """Make everything written until now durable."""
+        """Seal full files, and make everything written until now durable."""
         with self._syncing:
             with self._lock:
                 full, self._full = self._full, []
@@ -180,7 +192,7 @@ class SegmentFiles:
                     active.dirty = False
             for active in full:
                 active.seal()
-            for active in dirty:
+            for active in dirty if self._durable else ():
                 # A file that filled up meanwhile waits in _full: only sync closes descriptors.
                 os.fdatasync(active.descriptor)
 

@@ -157,7 +157,8 @@ class FileStore(Store):
         self.schema, self.flush_policy, self.remover = schema, flush, remover
         self.folder = folder
         self._redis, self._prefix = redis, f"twinrl:{run}:"
-        self._files, self._mapped = SegmentFiles(folder), MappedFiles(folder)
+        self._files = SegmentFiles(folder, durable=flush != "never")
+        self._mapped = MappedFiles(folder)
         self.entries, self.appended, self.committed = {}, {}, {}
         self.cursors, self.counters = {}, collections.defaultdict(int)
         self.priorities, self.open_episodes = {}, {}
@@ -341,8 +342,7 @@ class FileStore(Store):
                     f"moved {entry.source}", [self.raw(entry)], entry.length, size
                 )
                 moved.append(entry._replace(file=place[0], offset=place[1]))
-            if self.flush_policy != "never":
-                self._files.sync()  # what was durable stays durable: the old file is about to go
+            self._files.sync()  # what was durable stays durable: the old file is about to go
             return moved
         return []
 
@@ -454,8 +454,7 @@ class FileStore(Store):
         return self._mapped.raw(entry.file, entry.offset, entry.length)
 
     def flush(self) -> None:
-        if self.flush_policy != "never":
-            self._files.sync()
+        self._files.sync()
 
     def reconnect(self, redis: Redis) -> None:
         self._redis = redis

@@ -351,11 +351,11 @@ class Writer:
             method = "insert_file"
             args |= {"writer": self.writer, "sequence": item.sequence, "source": item.source}
             args |= item.place._asdict()
+        item.sent = True
+        self._sent += 1  # first: the answer may be there before `submit` returns
         item.future = self._submit(
             method, args, columns, lambda future: self._answered(item, future)
         )
-        item.sent = True
-        self._sent += 1
 
     def _ask(self, now: float) -> None:
         """Ask what arrived. Requests of one connection are served in order, so the answer is exact."""
