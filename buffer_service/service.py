@@ -23,7 +23,6 @@ from twinrl.core.segment import Schema
 from twinrl.core.sockets import Server
 
 log = logging.getLogger(__name__)
-FSYNC = {"always": "always", "everysec": "everysec", "never": "no"}  # of Redis's own log
 
 
 def serve(
@@ -63,7 +62,7 @@ def serve(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise TwinRLError(f"another replay service is already serving {run_dir}") from None
-        embedded = None if redis_url else EmbeddedRedis(run_dir / "redis", fsync=FSYNC[flush])
+        embedded = None if redis_url else EmbeddedRedis(run_dir / "redis", fsync=flush)
 
         def redis_again() -> embedded_redis.Redis:
             if embedded is None:
