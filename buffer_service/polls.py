@@ -47,11 +47,15 @@ class Polls:
 
     def answer(self) -> None:
         """Answer those that are ready or late: called after every change and by the clock."""
-        answers = []
+        answers, failures = [], []
         with self._lock:
             now, waiting = time.monotonic(), []
             for poll in self._waiting:
-                answer = poll.ready(now >= poll.deadline)
+                try:
+                    answer = poll.ready(now >= poll.deadline)
+                except Exception as error:  # its own: the others must not suffer
+                    failures.append((poll.future, error))
+                    continue
                 if answer is None:
                     waiting.append(poll)
                 else:
@@ -59,6 +63,8 @@ class Polls:
             self._waiting = waiting
         for future, answer in answers:
             future.set_result(answer)
+        for future, error in failures:
+            future.set_exception(error)
 
     def waiting(self) -> list[str]:
         """A sentence for each one that waits for a reason."""

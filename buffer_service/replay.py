@@ -23,9 +23,9 @@ from buffer_service.changes import Changes
 from buffer_service.embedded_redis import RedisError
 from buffer_service.entry import Entry
 from buffer_service.limiter import ONLINE, RateLimiter
-from buffer_service.polls import Polls
+from buffer_service.polls import MAX_WAIT, Polls
 from buffer_service.store import SCHEMA_CURE, Store
-from twinrl.core import wire
+from twinrl.core import arguments, wire
 from twinrl.core.errors import Rejected, TwinRLError
 from twinrl.core.segment import SOURCES, Schema, Segment, check
 from twinrl.core.sockets import MAX_MESSAGE_BYTES, Request, Server
@@ -35,6 +35,11 @@ TICK = 0.1  # s
 MAX_ENTRIES = 1000  # in one answer
 MAX_FETCH_BYTES = 128 << 20
 MAX_PRIORITIES = 10_000  # in one answer
+MAX_IDS = 100_000  # in one request
+MAX_WRITERS = 100_000  # names that a service knows
+MAX_CURSORS = 1000
+MAX_CURSOR_VALUES = 16
+MAX_COUNT = 1 << 40  # transitions in one request
 LEASE_SECONDS = (
     60.0  # a writer that is silent for so long is dead; a living one says hello more often
 )
@@ -157,10 +162,11 @@ class Service:
             "flush": self.store.flush_policy,
             "lease": self._lease,
         }
-        writer, session = args.get("writer"), args.get("session")
-        if writer is not None:
+        if args.get("writer") is not None:
+            writer, session = arguments.text(args, "writer"), _session(args)
             with self._lock:
-                if not args.get("probe"):
+                if not args.get("probe") and session is not None:
+                    self._admit(writer)
                     self._sessions[writer] = session
                 self._check_session(writer, session)
                 answer["appended"] = self.store.appended.get(writer, -1)
@@ -169,7 +175,7 @@ class Service:
 
     def insert(self, request: Request) -> Future | dict[str, Any]:
         """Take a segment; acknowledged when it is durable. Repeats are dropped, gaps are refused."""
-        segment = Segment(request.args["header"], request.arrays)
+        segment = Segment(arguments.mapping(request.args, "header"), request.arrays)
         check(segment, self.schema)
         header = segment.header
         with self._lock:
@@ -182,13 +188,12 @@ class Service:
     def allocate(self, request: Request) -> dict[str, Any]:
         """A file for a writer on this host to put its records into; `bytes`: of its next one."""
         args = request.args
-        writer, source, nbytes = args["writer"], args["source"], int(args["bytes"])
+        writer, source = arguments.text(args, "writer"), arguments.text(args, "source")
+        nbytes = arguments.integer(args, "bytes", low=1, high=MAX_MESSAGE_BYTES)
         if source not in SOURCES:
             raise Rejected(f"source {source!r} is none of {', '.join(SOURCES)}")
-        if not 0 < nbytes <= MAX_MESSAGE_BYTES:
-            raise Rejected(f"a record of {nbytes} bytes; at most {MAX_MESSAGE_BYTES}")
         with self._lock:
-            self._check_session(writer, args["session"])
+            self._check_session(writer, _session(args))
             try:
                 file, size = self.store.allocate(writer, source, nbytes)
             except OSError as error:
@@ -201,28 +206,32 @@ class Service:
         Where it does not lie there (the service or Redis was away), {"refused", "anew"} asks to allocate anew.
         """
         args = request.args
-        writer, sequence, place = args["writer"], int(args["sequence"]), _place(args)
+        writer, source = arguments.text(args, "writer"), arguments.text(args, "source")
+        sequence = arguments.integer(args, "sequence")
+        place = tuple(arguments.integer(args, name) for name in ("file", "offset", "length"))
         with self._lock:
             if sequence <= self.store.appended.get(writer, -1):
                 return self._insert(args, writer, sequence, None)
-            if self.store.placed(writer, args["source"]) != place[:2]:
-                self._check_session(writer, args["session"])
+            if self.store.placed(writer, source) != place[:2]:
+                self._check_session(writer, _session(args))
                 expected = self.store.appended.get(writer, -1) + 1
-                return {"refused": True, "expected": max(expected, args["oldest"]), "anew": True}
+                oldest = arguments.integer(args, "oldest", sequence)
+                return {"refused": True, "expected": max(expected, oldest), "anew": True}
             segment = self.store.written(*place)
             check(segment, self.schema)
             header = segment.header
             names = (header["writer"], header["sequence"], header["source"])
-            if names != (writer, sequence, args["source"]):
-                raise Rejected(f"the record is {names}, not {(writer, sequence, args['source'])}")
+            if names != (writer, sequence, source):
+                raise Rejected(f"the record is {names}, not {(writer, sequence, source)}")
             return self._insert(args, writer, sequence, lambda: self.store.adopt(segment, *place))
 
     def _insert(
         self, args: dict[str, Any], writer: str, sequence: int, take: Callable[[], Entry] | None
     ) -> Future | dict[str, Any]:
-        oldest = args.get("oldest", sequence)  # the writer knows all before as acknowledged
+        # The writer knows all before `oldest` as acknowledged.
+        oldest = arguments.integer(args, "oldest", sequence)
         future: Future = Future()
-        self._check_session(writer, args.get("session"))
+        self._check_session(writer, _session(args))
         last = self.store.appended.get(writer, -1)
         if sequence <= last:
             self._rates["repeats"] += 1
@@ -243,7 +252,9 @@ class Service:
     def index(self, request: Request) -> Future:
         """Entries with an id above `after`, and what became of others since change `seen`; waits up to `wait` s."""
         args = request.args
-        after, sampled, seen = args.get("after", 0), args.get("sampled", 0), args.get("seen", 0)
+        after, seen = arguments.integer(args, "after", 0), arguments.integer(args, "seen", 0)
+        sampled = arguments.integer(args, "sampled", 0, high=MAX_COUNT)
+        wait = arguments.seconds(args, "wait", 0.0, MAX_WAIT)
         if sampled:
             with self._lock:
                 self._count_samples(sampled)
@@ -266,13 +277,13 @@ class Service:
                 "changed": changed,
             }
 
-        return self._polls.add(ready, float(request.args.get("wait", 0.0)))
+        return self._polls.add(ready, wait)
 
     def fetch(self, request: Request) -> tuple[dict[str, Any], wire.Arrays]:
         """Whole records by id, for readers on other hosts. `missing` were evicted; ask again for the rest."""
         records, missing, total = {}, [], 0
         with self._lock:
-            for id in request.args["ids"][: wire.MAX_ARRAYS]:
+            for id in arguments.integers(request.args, "ids", MAX_IDS)[: wire.MAX_ARRAYS]:
                 entry = self.store.entries.get(id)
                 if entry is None:
                     missing.append(id)
@@ -285,7 +296,9 @@ class Service:
 
     def permit(self, request: Request) -> Future:
         """Ask the limiter for `sample` transitions (0: whether inserting may go on), waiting up to `wait` s."""
-        transitions = int(request.args.get("sample", 0))
+        transitions = arguments.integer(request.args, "sample", 0, high=MAX_COUNT)
+        wait = arguments.seconds(request.args, "wait", 0.0, MAX_WAIT)
+        who = arguments.text(request.args, "who", "somebody", 200)
 
         def ready(late: bool) -> dict[str, Any] | None:
             why_not = reason()
@@ -304,27 +317,26 @@ class Service:
 
         with self._lock:
             reason()  # Rejected, if it can never be granted
-        wait, who = float(request.args.get("wait", 0.0)), request.args.get("who", "somebody")
         return self._polls.add(ready, wait, who, reason)
 
     def priorities(self, request: Request) -> Future:
         """Set the priority of each segment of `ids`; durable when answered. Those of evicted ones are dropped."""
-        ids, values = request.args["ids"], request.args["values"]
-        if len(ids) != len(values):
-            raise Rejected(f"{len(ids)} ids, {len(values)} values")
-        if not all(0 < float(value) < float("inf") for value in values):
+        ids, values = arguments.integers(request.args, "ids", MAX_IDS), request.args.get("values")
+        if not isinstance(values, list) or len(ids) != len(values):
+            raise Rejected(f"priorities need as many values as ids ({len(ids)})")
+        if not all(arguments.is_number(value) and value > 0 for value in values):
             raise Rejected("a priority is a positive finite number")
         future: Future = Future()
         with self._lock:
             self.store.set_priorities(
-                {int(id): float(value) for id, value in zip(ids, values, strict=True)}
+                {id: float(value) for id, value in zip(ids, values, strict=True)}
             )
             self._work.put(_Change(future))
         return future
 
     def priorities_read(self, request: Request) -> dict[str, Any]:
         """The priorities that were set, of segments with an id above `after`, rising; some at a time."""
-        after = int(request.args.get("after", 0))
+        after = arguments.integer(request.args, "after", 0)
         with self._lock:
             ids = sorted(id for id in self.store.priorities if id > after)[:MAX_PRIORITIES]
             return {"ids": ids, "values": [self.store.priorities[id] for id in ids]}
@@ -332,20 +344,27 @@ class Service:
     def delete(self, request: Request) -> Future:
         """Delete segments for good, of whatever source; durable when answered with how many there were."""
         future: Future = Future()
-        self._work.put(_Delete([int(id) for id in request.args["ids"]], future))
+        self._work.put(_Delete(arguments.integers(request.args, "ids", MAX_IDS), future))
         return future
 
     def cursor_read(self, request: Request) -> dict[str, Any]:
         """A named cursor as last committed; one that nobody committed stands at 0."""
+        name = arguments.text(request.args, "name", longest=200)
         with self._lock:
-            return dict(self.store.cursors.get(request.args["name"], {"position": 0}))
+            return dict(self.store.cursors.get(name, {"position": 0}))
 
     def cursor_commit(self, request: Request) -> Future:
         """Set a named cursor: `position` and the counts `taken`, `skipped`, `evicted`, durable when answered."""
-        values = {key: int(value) for key, value in request.args["values"].items()}
+        name = arguments.text(request.args, "name", longest=200)
+        given = arguments.mapping(request.args, "values")
+        if len(given) > MAX_CURSOR_VALUES or any(len(key) > 100 for key in given):
+            raise Rejected(f"a cursor has at most {MAX_CURSOR_VALUES} values with short names")
+        values = {key: arguments.integer(given, key) for key in given}
         future: Future = Future()
         with self._lock:
-            self.store.cursors[request.args["name"]] = values
+            if name not in self.store.cursors and len(self.store.cursors) >= MAX_CURSORS:
+                raise Rejected(f"there are {MAX_CURSORS} cursors already")
+            self.store.cursors[name] = values
             self._work.put(_Change(future))
         return future
 
@@ -404,6 +423,7 @@ class Service:
         return self._polls.waiting() + ([self._redis_down] if self._redis_down else [])
 
     def _check_session(self, writer: str, session: str | None) -> None:
+        self._admit(writer)
         if session is None:
             return
         self._heard[writer] = time.monotonic()
@@ -412,6 +432,13 @@ class Service:
                 f"the writer name {writer!r} was taken over by a newer process: "
                 "give every writer a name of its own"
             )
+
+    def _admit(self, writer: str) -> None:
+        """A writer's name is kept for ever, so there must not be endlessly many."""
+        if writer in self._sessions or writer in self.store.appended:
+            return
+        if max(len(self._sessions), len(self.store.appended)) >= MAX_WRITERS:
+            raise Rejected(f"{MAX_WRITERS} writers' names are known already: use one of them again")
 
     def _restore_limiter(self) -> None:
         counters = self.store.counters
@@ -558,5 +585,5 @@ class Service:
         return False
 
 
-def _place(args: dict[str, Any]) -> tuple[int, int, int]:
-    return int(args["file"]), int(args["offset"]), int(args["length"])
+def _session(args: dict[str, Any]) -> str | None:
+    return None if args.get("session") is None else arguments.text(args, "session")

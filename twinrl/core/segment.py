@@ -24,6 +24,7 @@ from twinrl.core.errors import SchemaMismatch, WireError
 
 SOURCES = ("demo", "twin", "real")
 IMAGE_PREFIX = "observation.images."
+MAX_TEXT = 1000  # characters of a header's text
 STEP_COLUMNS = {
     "action": ("<f4", (7,)),  # executed: delta position m, delta rotation vector rad, gripper 0..1
     "reward": ("<f4", ()),
@@ -118,8 +119,19 @@ def check(segment: Segment, schema: Schema | None = None) -> None:
             raise WireError(f"segment header lacks {name!r}")
         if not isinstance(header[name], kind) or (kind is int and isinstance(header[name], bool)):
             raise WireError(
-                f"segment header's {name!r} is {header[name]!r}, should be {kind.__name__}"
+                f"segment header's {name!r} is {header[name]!r:.80}, should be {kind.__name__}"
             )
+        if kind is int and not 0 <= header[name] < 1 << 63:
+            raise WireError(
+                f"segment header's {name!r} is {header[name]}, should be 0 .. 2**63 - 1"
+            )
+        if kind is str and len(header[name]) > MAX_TEXT:
+            raise WireError(
+                f"segment header's {name!r} has {len(header[name])} characters, allowed {MAX_TEXT}"
+            )
+    for name in ("writer", "episode"):
+        if not header[name]:
+            raise WireError(f"segment header's {name!r} is empty")
     if header["source"] not in SOURCES:
         raise WireError(f"source {header['source']!r} is none of {', '.join(SOURCES)}")
     for name, column in columns.items():

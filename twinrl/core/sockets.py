@@ -31,7 +31,7 @@ from twinrl.core.keys import Keys, secure_client, secure_server
 
 log = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 512 << 20  # of one frame; a peer that sends a larger one is cut off
-MAX_HEAD_BYTES = (
+MAX_REQUEST_HEADER_BYTES = (
     1 << 20
 )  # of a request's first frame, whose msgpack may need 64 times that in memory
 MAX_UNANSWERED = 1024  # requests of one peer that wait for their answers
@@ -262,8 +262,10 @@ class Server:
         try:
             if count > len(frames):
                 raise WireError(f"{count - 2} arrays, at most {wire.MAX_ARRAYS} are allowed")
-            if len(body[0]) > MAX_HEAD_BYTES:
-                raise WireError(f"a header of {len(body[0])} bytes, at most {MAX_HEAD_BYTES}")
+            if len(body[0]) > MAX_REQUEST_HEADER_BYTES:
+                raise WireError(
+                    f"a header of {len(body[0])} bytes, at most {MAX_REQUEST_HEADER_BYTES}"
+                )
             header, arrays = wire.unpack(body)
             number = _number(header)
             method, args = header.get("method"), header.get("args", {})
@@ -411,9 +413,9 @@ class Client:
         future.number = next(self._numbers)
         header = {"id": future.number, "method": method, "args": args or {}}
         frames = wire.pack(header, arrays)
-        if len(frames[0]) > MAX_HEAD_BYTES:
+        if len(frames[0]) > MAX_REQUEST_HEADER_BYTES:
             raise WireError(
-                f"the header of {method!r} takes {len(frames[0])} bytes, at most {MAX_HEAD_BYTES}"
+                f"the header of {method!r} takes {len(frames[0])} bytes, at most {MAX_REQUEST_HEADER_BYTES}"
             )
         self._pending[future.number] = future
         self._outgoing.append(frames)
