@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.inference import InferenceActor
 from actors.robot_actor import RobotActor
@@ -90,8 +91,18 @@ class Cluster:
         schema = make_schema(job["schema"])
         keys = run.keys("cluster")
         policy_config = job["policy"]
-        self.store = self._actor(WeightStore, STORE, num_cpus=0)
-        source = RayWeightSource()
+        self.store = self._actor(
+            WeightStore,
+            STORE,
+            str(run.path),
+            config.learner.keep_versions,
+            num_cpus=0,
+            # Beside the gateway, which reads this host's shared memory.
+            scheduling_strategy=NodeAffinitySchedulingStrategy(
+                ray.get_runtime_context().get_node_id(), soft=True
+            ),
+        )
+        source = RayWeightSource(str(run.path))
         reader = factories.reader_factory(topology["replay"], keys, str(run.path), schema)
 
         def reporter(role: str) -> Any:
@@ -108,7 +119,7 @@ class Cluster:
             checkpoints=Path(run.checkpoints),
             make_reader=reader,
             make_reporter=reporter("learner"),
-            sink=RayWeightSink(),
+            sink=RayWeightSink(str(run.path)),
             seed=config.seed,
             # A thread that has to share its core holds up the others at every operation.
             threads=config.learner.threads or max(1, (os.cpu_count() or 1) - config.twins.actors),
@@ -125,7 +136,11 @@ class Cluster:
                 num_envs=config.twins.envs,
                 make_env=factories.env_factory(config),
                 make_runner=factories.runner_factory(policy_config, config.seed * 1000 + i),
-                make_writer=factories.writer_factory(topology["replay"], keys, schema),
+                make_writer=factories.writer_factory(
+                    *(topology["replay"], keys, schema),
+                    codec=config.replay.codec,
+                    when_full=config.replay.when_full,
+                ),
                 make_reader=reader,
                 make_reporter=reporter("actor"),
                 weights=source,
@@ -168,6 +183,7 @@ class Cluster:
         num_cpus: float,
         num_gpus: float = 0,
         max_concurrency: int = 1,
+        scheduling_strategy: Any = "DEFAULT",
         **keywords: Any,
     ) -> Any:
         options = {
@@ -176,6 +192,7 @@ class Cluster:
             "num_gpus": num_gpus,
             "max_restarts": -1,
             "max_concurrency": max_concurrency,
+            "scheduling_strategy": scheduling_strategy,
         }
         return ray.remote(kind).options(**options).remote(*arguments, **keywords)
 

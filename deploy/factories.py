@@ -44,15 +44,19 @@ def _make_runner(policy_config: dict[str, Any], seed: int) -> Any:
     return PolicyRunner(policy_config, seed)
 
 
-def writer_factory(address: str, keys: Keys, schema: Schema) -> Callable[[str], Any]:
-    """make(name) -> a replay writer."""
-    return partial(_make_writer, address, keys, schema)
+def writer_factory(
+    address: str, keys: Keys, schema: Schema, **options: Any
+) -> Callable[[str], Any]:
+    """make(name) -> a replay writer; `options` of its own."""
+    return partial(_make_writer, address, keys, schema, options)
 
 
-def _make_writer(address: str, keys: Keys, schema: Schema, name: str) -> Any:
+def _make_writer(
+    address: str, keys: Keys, schema: Schema, options: dict[str, Any], name: str
+) -> Any:
     from buffer_service.client import Writer
 
-    return Writer(address, keys, name, schema=schema)
+    return Writer(address, keys, name, schema=schema, **options)
 
 
 def reader_factory(address: str, keys: Keys, run_dir: str, schema: Schema) -> Callable[[], Any]:

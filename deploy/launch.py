@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import signal
 import sys
 import time
@@ -21,10 +22,11 @@ from deploy.description import describe_job
 from deploy.memory import Memory
 from deploy.processes import Supervisor
 from deploy.run_folder import RunFolder
-from twinrl.config import Config, load_config
+from twinrl.config import Config, ReplayConfig, load_config
 from twinrl.core.errors import ConfigError, DeadlineError, RemoteError, TwinRLError
 from twinrl.core.metrics import Reporter
 from twinrl.core.sockets import free_port, wait_until
+from twinrl.weights_slots import remove_abandoned, slots_folder
 
 
 class Job:
@@ -45,6 +47,8 @@ class Job:
     def start(self) -> None:
         """Start every process, in the order in which they need each other."""
         run, topology = self.run, self.topology
+        remove_abandoned()
+        shutil.rmtree(slots_folder(run.path), ignore_errors=True)  # of a launch that was killed
         self.progress.stage("starting", 6, "steps")
         self.supervisor.start("collector", "collector", "--run", str(run.path))
         self.progress.update(1)
@@ -139,6 +143,7 @@ class Job:
             import ray
 
             ray.shutdown()
+            shutil.rmtree(slots_folder(self.run.path), ignore_errors=True)
         if self._link is not None:
             self._link.close()
         if self.reporter is not None:
@@ -187,7 +192,9 @@ class Job:
                         "min_size": config.replay.min_size,
                         "largest_batch": config.real_rl.batch_size * config.task.chunk,
                     },
-                    "capacity": config.replay.twin_capacity_mb << 20,
+                    "capacity": _capacity(config.replay),
+                    "remover": config.replay.remover,
+                    "lease": config.replay.lease_seconds,
                     "metrics_address": metrics,
                 },
                 "gateway": {
@@ -253,6 +260,16 @@ class Job:
         self.progress.line(f"{level}: {text}" if level != "info" else text)
         if self.reporter is not None:
             self.reporter.event(level, text)
+
+
+def _capacity(replay: ReplayConfig) -> dict[str, int]:
+    """Bytes to keep of each source that has a limit."""
+    given = {
+        "twin": replay.twin_capacity_mb,
+        "real": replay.real_capacity_mb,
+        "demo": replay.demo_capacity_mb,
+    }
+    return {source: mb << 20 for source, mb in given.items() if mb is not None}
 
 
 def command(argv: list[str]) -> int:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from twinrl.core.codec import check_codec
 from twinrl.core.errors import ConfigError
 
 
@@ -45,7 +46,11 @@ class RayConfig(Section):
 class ReplayConfig(Section):
     """The replay service."""
 
-    flush: Literal["everysec", "always"] = Field("everysec", description="when payloads are synced")
+    flush: Literal["everysec", "always", "never"] = Field(
+        "everysec",
+        description="when payloads are synced: an acknowledged segment survives every process in any case, and the "
+        "machine but for its last second, always, or not",
+    )
     samples_per_insert: float | None = Field(
         None,
         gt=0,
@@ -55,7 +60,29 @@ class ReplayConfig(Section):
         0, ge=0, description="transitions that must be there before any is sampled"
     )
     twin_capacity_mb: int = Field(
-        600, ge=1, description="payload kept of source twin, MB; demo and real are never pushed out"
+        600, ge=1, description="payload kept of source twin, MB; no source pushes out another"
+    )
+    real_capacity_mb: int | None = Field(
+        None, ge=1, description="payload kept of source real, MB; everything when absent"
+    )
+    demo_capacity_mb: int | None = Field(
+        None, ge=1, description="payload kept of source demo, MB; everything when absent"
+    )
+    remover: Literal["oldest", "lowest_priority"] = Field(
+        "oldest", description="which segments of a full source go"
+    )
+    lease_seconds: float = Field(
+        60.0,
+        gt=0,
+        description="silence after which a writer's open episodes are closed as truncated",
+    )
+    codec: str = Field(
+        "raw",
+        description="of camera images that cluster actors write, one of twinrl.core.codec.CODECS",
+    )
+    _codec = field_validator("codec")(check_codec)
+    when_full: Literal["block", "drop_oldest"] = Field(
+        "block", description="a writer's full queue waits, or drops its oldest unsent twin segments"
     )
 
 
@@ -164,6 +191,9 @@ class LearnerConfig(Section):
     threads: int = Field(
         0, ge=0, description="torch threads, 0 = the cores that the twin actors leave"
     )
+    keep_versions: int = Field(
+        3, ge=2, description="newest policy versions that stay in shared memory"
+    )
 
 
 class Config(Section):
@@ -241,7 +271,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
 def _explain(problem: Any) -> str:
     where = ".".join(str(part) for part in problem["loc"])
     if problem["type"] != "extra_forbidden":
-        return f"{where}: {problem['msg']} (got {problem.get('input')!r})"
+        return f"{where}: {problem['msg'].removeprefix('Value error, ')} (got {problem.get('input')!r})"
     *parents, name = problem["loc"]
     names = _known_names(parents)
     nearest = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
