@@ -23,7 +23,6 @@ MAX_DECODED_BYTES = 512 << 20  # of one column: what is larger is refused before
 CODECS: Dict[str, Codec] = {
     "raw": Raw(),
     "lz4": Lossless(Lz4()),
-    "lz4-up": Lossless(Lz4(), "up"),
     "lz4-delta": Lossless(Lz4(), "delta"),
     "zstd": Lossless(Zstd()),
     "zstd-up": Lossless(Zstd(), "up"),

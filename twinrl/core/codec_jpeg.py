@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Sequence
+
 import numpy as np
 
-from twinrl.core.codec_rows import Codec, Shape, join, places
+from twinrl.core.codec_rows import Codec, Rows, Shape, join
 from twinrl.core.errors import WireError
 
 _START_OF_SCAN = b"\xff\xda"
@@ -58,9 +60,14 @@ class Jpeg(Codec):
             ) from None
 
     def decode_rows(
-        self, data: np.ndarray, dtype: np.dtype, shape: Shape, indices: np.ndarray, out: np.ndarray
+        self,
+        data: np.ndarray,
+        dtype: np.dtype,
+        shape: Shape,
+        indices: Sequence[int],
+        out: np.ndarray,
     ) -> None:
         """See Codec."""
-        body, ends = places(data, shape[0])
-        for place, row in enumerate(indices.tolist()):
-            self.decode_row(body[ends[row] : ends[row + 1]], out[place])
+        pictures = Rows(data, shape[0])
+        for place, row in enumerate(indices):
+            self.decode_row(pictures[row], out[place])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import math
-from typing import Any, List, Sequence, Tuple, Union
+from operator import index
+from typing import Any, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -44,9 +45,14 @@ class Codec:
         raise NotImplementedError("encode(array) -> bytes")
 
     def decode_rows(
-        self, data: np.ndarray, dtype: np.dtype, shape: Shape, indices: np.ndarray, out: np.ndarray
+        self,
+        data: np.ndarray,
+        dtype: np.dtype,
+        shape: Shape,
+        indices: Sequence[int],
+        out: np.ndarray,
     ) -> None:
-        """Write the rows `indices` (n,) intp, each within 0 .. shape[0], to `out` (n, *shape[1:]), C-contiguous.
+        """Write the rows `indices` (n), each within 0 .. shape[0], to `out` (n, *shape[1:]), C-contiguous.
 
         `data` is uint8 (m,) and may be hostile: whatever does not fit raises WireError.
         """
@@ -56,7 +62,7 @@ class Codec:
         self, data: np.ndarray, dtype: np.dtype, shape: Shape, out: np.ndarray | None = None
     ) -> np.ndarray:
         """All rows, (*shape)."""
-        return self._rows(data, dtype, shape, np.arange(shape[0]), out)
+        return self._rows(data, dtype, shape, range(shape[0]), out)
 
     def rows(
         self,
@@ -67,10 +73,12 @@ class Codec:
         out: np.ndarray | None = None,
     ) -> np.ndarray:
         """The rows `indices` only, (len(indices), *shape[1:]), in `out` if given; negative ones count from the end."""
-        wanted = np.array(indices, np.intp).reshape(-1)
-        wanted[wanted < 0] += shape[0]
-        if wanted.size and not (wanted.min() >= 0 and wanted.max() < shape[0]):
-            raise IndexError(f"rows {list(indices)} of a column with {shape[0]}")
+        # Plain integers: mostly there are one or two, and short NumPy calls cost more than they.
+        given = indices.tolist() if isinstance(indices, np.ndarray) else map(index, indices)
+        count = shape[0]
+        wanted = [each + count if each < 0 else each for each in given]
+        if wanted and not (min(wanted) >= 0 and max(wanted) < count):
+            raise IndexError(f"rows {list(indices)} of a column with {count}")
         return self._rows(data, dtype, shape, wanted, out)
 
     def _rows(
@@ -78,7 +86,7 @@ class Codec:
         data: np.ndarray,
         dtype: np.dtype,
         shape: Shape,
-        wanted: np.ndarray,
+        wanted: Sequence[int],
         out: np.ndarray | None,
     ) -> np.ndarray:
         found = (len(wanted), *shape[1:])
@@ -105,7 +113,12 @@ class Raw(Codec):
         return array.reshape(-1).view(np.uint8)
 
     def decode_rows(
-        self, data: np.ndarray, dtype: np.dtype, shape: Shape, indices: np.ndarray, out: np.ndarray
+        self,
+        data: np.ndarray,
+        dtype: np.dtype,
+        shape: Shape,
+        indices: Sequence[int],
+        out: np.ndarray,
     ) -> None:
         """Copy rows."""
         if data.size != math.prod(shape) * dtype.itemsize:
@@ -114,18 +127,25 @@ class Raw(Codec):
 
 
 def join(rows: Sequence[Any]) -> bytes:
-    """The bytes of encoded rows: the length of each as little-endian uint32, then one after the other."""
-    sizes = np.array([len(row) for row in rows], "<u4")
-    return b"".join([sizes.tobytes(), *rows])
+    """The bytes of encoded rows: a little-endian uint32 for each, where it ends; then one after the other."""
+    ends = np.cumsum([len(row) for row in rows], dtype=np.int64)
+    return b"".join([ends.astype("<u4").tobytes(), *rows])
 
 
-def places(data: np.ndarray, count: int) -> Tuple[memoryview, List[int]]:
-    """Inverse of `join`: the bytes behind the table, and the `count` + 1 places where rows begin and end."""
-    table = 4 * count
-    if data.size < table:
-        raise WireError(f"{data.size} encoded bytes for {count} rows")
-    ends = np.zeros(count + 1, np.int64)
-    np.cumsum(data[:table].view("<u4"), dtype=np.int64, out=ends[1:])
-    if ends[-1] != data.size - table:
-        raise WireError(f"{data.size - table} encoded bytes for rows of {ends[-1]}")
-    return memoryview(data)[table:], ends.tolist()
+class Rows:
+    """Inverse of `join`: `rows[i]` is a view of a row's bytes. The table is checked where it is used."""
+
+    def __init__(self, data: np.ndarray, count: int) -> None:
+        table = 4 * count
+        if data.size < table:
+            raise WireError(f"{data.size} encoded bytes for {count} rows")
+        self._ends = data[:table].view("<u4")
+        self._body = memoryview(data)[table:]
+        if self._ends[-1] != len(self._body):
+            raise WireError(f"{len(self._body)} encoded bytes for rows of {self._ends[-1]}")
+
+    def __getitem__(self, row: int) -> memoryview:
+        begin, end = int(self._ends[row - 1]) if row else 0, int(self._ends[row])
+        if not begin <= end <= len(self._body):
+            raise WireError(f"row {row} lies at {begin} .. {end} of {len(self._body)} bytes")
+        return self._body[begin:end]
