@@ -14,9 +14,9 @@ import logging
 import os
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgpack
 
@@ -24,6 +24,8 @@ from buffer_service import record
 from buffer_service.embedded_redis import Redis
 from buffer_service.entry import CUT, LEASE, OPEN, Entry, describe
 from buffer_service.files import FILE_BYTES, Found, MappedFiles, SegmentFiles, identity, path_of
+from buffer_service.redis_address import prefix
+from buffer_service.redis_lease import RedisLease
 from twinrl.core.errors import ConfigError, Rejected, ResumeError, WireError
 from twinrl.core.segment import SOURCES, Schema, Segment
 
@@ -137,6 +139,8 @@ class FileStore(Store):
     """Payload in mapped segment files in `folder`; Redis holds index, dedupe state, cursors and counters."""
 
     form = "files"
+    _adoption = ""  # how to continue that run here, where it can be done
+    _adopts = False  # whether a run that another folder began may be continued in an empty one
 
     def __init__(
         self,
@@ -147,8 +151,12 @@ class FileStore(Store):
         capacity: dict[str, int] | int | None = None,
         flush: str = "everysec",
         remover: str = "oldest",
+        lease: RedisLease | None = None,
     ) -> None:
-        """`capacity`: bytes to keep of each source, or of twins (None, or a source left out: as many as fit)."""
+        """`capacity`: bytes to keep of each source, or of twins (None, or a source left out: as many as fit).
+
+        lease: held, where a service on another host could reach this Redis; it guards every transaction.
+        """
         if flush not in FLUSH_POLICIES:
             raise ConfigError(f"flush is {flush!r}, must be one of {', '.join(FLUSH_POLICIES)}")
         if remover not in REMOVERS:
@@ -156,7 +164,7 @@ class FileStore(Store):
         self.capacity = _capacities(capacity)
         self.schema, self.flush_policy, self.remover = schema, flush, remover
         self.folder = folder
-        self._redis, self._prefix = redis, f"twinrl:{run}:"
+        self._redis, self._prefix, self._lease = redis, prefix(run), lease
         self._files = SegmentFiles(folder, durable=flush != "never")
         self._mapped = MappedFiles(folder)
         self.entries, self.appended, self.committed = {}, {}, {}
@@ -187,10 +195,13 @@ class FileStore(Store):
         path = folder / "identity.json"
         mine = identity(folder)
         theirs = {k.decode(): v.decode() for k, v in self._redis.hgetall(self._key("run")).items()}
+        if theirs and not mine and self._adopts:
+            mine = {name: theirs[name] for name in ("token", "schema")}
+            self._write_identity(path, mine)
         if theirs and theirs["token"] != mine.get("token"):
             raise ResumeError(
                 f"Redis already holds another run under {self._prefix!r} (of {theirs['folder']}): "
-                "start this run under another run.name, or delete those keys"
+                f"start this run under another run.name, or delete those keys{self._adoption}"
             )
         digest = self.schema.digest()
         if mine and mine["schema"] != digest:
@@ -200,12 +211,15 @@ class FileStore(Store):
             )
         if not mine:
             mine = {"token": secrets.token_hex(8), "schema": digest}
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text(json.dumps(mine))
-            os.replace(temporary, path)
+            self._write_identity(path, mine)
         self.token = mine["token"]
         self._identity = {**mine, "folder": str(folder)}
         self._redis.hset(self._key("run"), mapping=self._identity)
+
+    def _write_identity(self, path: Path, identity: dict[str, str]) -> None:
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(identity))
+        os.replace(temporary, path)
 
     def recover(self) -> Recovery:
         indexed = self._read_index()
@@ -356,7 +370,7 @@ class FileStore(Store):
 
     def _transact(
         self,
-        entries: Iterable[Entry],
+        entries: Collection[Entry],
         writers: dict[str, int],
         evicted: list[Entry],
         anew: bool = False,
@@ -366,6 +380,9 @@ class FileStore(Store):
             self.counters["last_id"] = max(self.counters["last_id"], *index)
         priorities = dict(self.priorities if anew else self._new_priorities)
         with self._redis.pipeline(transaction=True) as pipeline:
+            if self._lease is not None:
+                self._lease.guard(pipeline)
+            self._add_payload(pipeline, entries, evicted)
             if anew:
                 pipeline.delete(self._key("index"), self._key("priorities"))
                 pipeline.hset(self._key("run"), mapping=self._identity)
@@ -387,6 +404,11 @@ class FileStore(Store):
         for id, value in priorities.items():
             if self._new_priorities.get(id) == value:
                 del self._new_priorities[id]
+
+    def _add_payload(
+        self, pipeline: Any, entries: Collection[Entry], evicted: Sequence[Entry]
+    ) -> None:
+        """Add to a transaction what it needs beside the index."""
 
     def set_priorities(self, values: dict[int, float]) -> None:
         known = {id: value for id, value in values.items() if id in self.entries}

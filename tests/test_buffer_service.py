@@ -353,7 +353,7 @@ def test_two_runs_on_one_redis_are_separate(tmp_path):
             fill(store, 3 if run == "a" else 1)
         assert [len(store.entries) for store in stores] == [3, 1]
         keys = {key.decode() for key in redis.scan_iter()}
-        assert {key.split(":")[1] for key in keys} == {"a", "b"}
+        assert {key.split(":")[1] for key in keys} == {"{a}", "{b}"}
         assert all(key.startswith("twinrl:") for key in keys)
         with pytest.raises(ResumeError, match=r"another run .* run\.name"):
             FileStore(tmp_path / "c", redis, "a", SCHEMA)
@@ -457,7 +457,7 @@ def test_the_service_uses_a_given_redis(bench, tmp_path):
     bench.start(redis_url=f"unix://:{server.password}@{server.socket}", run="mine")
     write(bench.writer(), 0, 2)
     bench.reader().wait(2)
-    assert redis.hlen("twinrl:mine:index") == 2
+    assert redis.hlen("twinrl:{mine}:index") == 2
     assert not (bench.run_dir / "redis").exists()
     bench.service.stop()
     server.stop()
