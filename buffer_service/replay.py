@@ -1,26 +1,24 @@
 """The replay service's methods: take segments in, keep them, say who may sample what.
 
-Three threads: the server's (requests, one after the other), the committer's (one Redis transaction for all that
-came in meanwhile, then the acknowledgements) and the ticker's (syncs once a second, ends long polls).
-Every field of the store is touched under one lock.
+Three threads: the server's (requests, one after the other), the committer's and the ticker's (syncs once a second,
+ends long polls). Every field of the store is touched under one lock.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import socket
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from buffer_service import embedded_redis
 from buffer_service.changes import Changes
-from buffer_service.embedded_redis import RedisError
+from buffer_service.committer import Abandon, Change, Committer, Delete, Insert
 from buffer_service.entry import Entry
 from buffer_service.limiter import ONLINE, RateLimiter
 from buffer_service.polls import MAX_WAIT, Polls
@@ -45,36 +43,6 @@ LEASE_SECONDS = (
 )
 
 
-class _Insert(NamedTuple):
-    """Work for the committer: a written payload, or (without entry) a repeat of one."""
-
-    entry: Entry | None
-    writer: str
-    future: Future
-
-
-class _Change(NamedTuple):
-    """Work for the committer: something in the store's fields is to be made durable."""
-
-    future: Future
-
-
-class _Delete(NamedTuple):
-    """Work for the committer: segments that somebody asked to delete."""
-
-    ids: list[int]
-    future: Future
-
-
-class _Abandon(NamedTuple):
-    """Work for the committer: a writer is dead, its open episodes are to be closed."""
-
-    writer: str
-
-
-_Work = _Insert | _Change | _Delete | _Abandon
-
-
 class Service:
     """Answers the replay methods on a Server; `store` must be recovered already."""
 
@@ -93,19 +61,15 @@ class Service:
         """
         self.store, self.server, self.schema = store, server, schema
         self.limiter = limiter or RateLimiter()
-        self._redis_again = redis_again
         self._lock = threading.RLock()
-        self._work: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._committer = Committer(store, self._lock, redis_again, self._published)
         self._polls = Polls(self._lock)
         self._sessions: dict[str, str] = {}
         self._lease, self._start = lease, time.monotonic()
         self._heard: dict[str, float] = {}  # monotonic s of each writer's last word
         self._changes = Changes()
         self._boot = format(time.time_ns(), "x")  # readers start over when it changes
-        self._evicted_to = 0  # every twin segment up to this id is gone
         self._stop = threading.Event()
-        self.failure: Exception | None = None  # what ended the committer
-        self._redis_down = ""
         self._rates = {
             "inserts": 0,
             "samples": 0,
@@ -119,7 +83,6 @@ class Service:
             *("priorities", "priorities_read", "delete", "cursor_read", "cursor_commit", "info"),
         ):
             server.bind(method, getattr(self, method))
-        self._committer = threading.Thread(target=self._commit_loop, name="committer", daemon=True)
         self._ticker = threading.Thread(target=self._tick_loop, name="ticker", daemon=True)
 
     def start(self) -> Service:
@@ -133,9 +96,13 @@ class Service:
         """Stop serving; what came in is committed and durable then."""
         self.server.close()
         self._stop.set()
-        self._work.put(None)
-        for thread in (self._ticker, self._committer):
-            thread.join(30)
+        self._ticker.join(30)
+        self._committer.close()
+
+    @property
+    def failure(self) -> Exception | None:
+        """What ended one of the threads, which serves nobody then."""
+        return self._committer.failure or self.server.failure
 
     # Methods, each called in the server's thread.
 
@@ -163,7 +130,7 @@ class Service:
             "lease": self._lease,
         }
         if args.get("writer") is not None:
-            writer, session = arguments.text(args, "writer"), _session(args)
+            writer, session = _writer(args), _session(args)
             with self._lock:
                 if not args.get("probe") and session is not None:
                     self._admit(writer)
@@ -188,7 +155,7 @@ class Service:
     def allocate(self, request: Request) -> dict[str, Any]:
         """A file for a writer on this host to put its records into; `bytes`: of its next one."""
         args = request.args
-        writer, source = arguments.text(args, "writer"), arguments.text(args, "source")
+        writer, source = _writer(args), arguments.text(args, "source")
         nbytes = arguments.integer(args, "bytes", low=1, high=MAX_MESSAGE_BYTES)
         if source not in SOURCES:
             raise Rejected(f"source {source!r} is none of {', '.join(SOURCES)}")
@@ -206,7 +173,7 @@ class Service:
         Where it does not lie there (the service or Redis was away), {"refused", "anew"} asks to allocate anew.
         """
         args = request.args
-        writer, source = arguments.text(args, "writer"), arguments.text(args, "source")
+        writer, source = _writer(args), arguments.text(args, "source")
         sequence = arguments.integer(args, "sequence")
         place = tuple(arguments.integer(args, name) for name in ("file", "offset", "length"))
         with self._lock:
@@ -235,10 +202,10 @@ class Service:
         last = self.store.appended.get(writer, -1)
         if sequence <= last:
             self._rates["repeats"] += 1
-            self._work.put(_Insert(None, writer, future))
+            self._committer.put(Insert(None, writer, future))
         elif take is not None and (sequence == last + 1 or sequence == oldest):
             try:
-                self._work.put(_Insert(take(), writer, future))
+                self._committer.put(Insert(take(), writer, future))
             except OSError as error:
                 raise self._full(error) from None
         else:
@@ -261,17 +228,13 @@ class Service:
 
         def ready(late: bool) -> dict[str, Any] | None:
             entries = self._entries_after(after)
-            known = (args.get("boot"), args.get("evicted_to"), seen)
-            mine = (self._boot, self._evicted_to, self._changes.newest)
-            if "seen" not in args:
-                known, mine = known[:2], mine[:2]
-            if not entries and not late and known == mine:
+            known = (args.get("boot"), seen)
+            if not entries and not late and known == (self._boot, self._changes.newest):
                 return None
             gone, changed = self._changes.since(seen)
             return {
                 "entries": entries,
                 "boot": self._boot,
-                "evicted_to": self._evicted_to,
                 "seen": self._changes.newest,
                 "gone": gone,
                 "changed": changed,
@@ -331,7 +294,7 @@ class Service:
             self.store.set_priorities(
                 {id: float(value) for id, value in zip(ids, values, strict=True)}
             )
-            self._work.put(_Change(future))
+            self._committer.put(Change(future))
         return future
 
     def priorities_read(self, request: Request) -> dict[str, Any]:
@@ -344,7 +307,7 @@ class Service:
     def delete(self, request: Request) -> Future:
         """Delete segments for good, of whatever source; durable when answered with how many there were."""
         future: Future = Future()
-        self._work.put(_Delete(arguments.integers(request.args, "ids", MAX_IDS), future))
+        self._committer.put(Delete(arguments.integers(request.args, "ids", MAX_IDS), future))
         return future
 
     def cursor_read(self, request: Request) -> dict[str, Any]:
@@ -365,7 +328,7 @@ class Service:
             if name not in self.store.cursors and len(self.store.cursors) >= MAX_CURSORS:
                 raise Rejected(f"there are {MAX_CURSORS} cursors already")
             self.store.cursors[name] = values
-            self._work.put(_Change(future))
+            self._committer.put(Change(future))
         return future
 
     def info(self, request: Request) -> dict[str, Any]:
@@ -420,7 +383,9 @@ class Service:
         return sizes
 
     def _waiting(self) -> list[str]:
-        return self._polls.waiting() + ([self._redis_down] if self._redis_down else [])
+        return self._polls.waiting() + (
+            [self._committer.trouble] if self._committer.trouble else []
+        )
 
     def _check_session(self, writer: str, session: str | None) -> None:
         self._admit(writer)
@@ -464,7 +429,7 @@ class Service:
             self._polls.answer()
             if time.monotonic() - last >= 1.0:
                 last = time.monotonic()
-                self._work.put(_Change(Future()))  # the sample count
+                self._committer.put(Change(Future()))  # the sample count
                 self._expire(last)
                 try:
                     self.store.flush()
@@ -480,109 +445,17 @@ class Service:
             ]
             for writer in silent:
                 self._heard.pop(writer, None)
-                self._work.put(_Abandon(writer))
+                self._committer.put(Abandon(writer, self._lease))
 
-    def _commit_loop(self) -> None:
-        try:
-            running = True
-            while running:
-                group = [self._work.get()]
-                while not self._work.empty():
-                    group.append(self._work.get())
-                work = [each for each in group if each is not None]
-                running = len(work) == len(group)
-                if work:
-                    self._commit(work)
-            # Here, because a Redis restarted by this thread ends with it.
-            self.store.close()
-        except RedisError as error:
-            log.error("Redis is away at the end (%s); the next start reads the headers", error)
-        except Exception as error:
-            log.exception("the committer failed")
-            self.failure = error
-
-    def _commit(self, work: list[_Work]) -> None:
-        entries = [each.entry for each in work if isinstance(each, _Insert) and each.entry]
-        moved = self.store.moves()
-        with self._lock:
-            evicted = {entry.id: entry for entry in self.store.evictions(entries)}
-            oldest = [id for id, entry in evicted.items() if entry.source == "twin"]
-            deleted = self._deletions(work, evicted)
-            changed = {entry.id: entry for entry in moved} | self._closed(work)
-            changes = [entry for id, entry in changed.items() if id not in evicted]
-            self.store.count(entries)
-        gone = list(evicted.values())
-        while True:
-            try:
-                self.store.commit(entries, gone, changes)
-                break
-            except RedisError as error:
-                if not self._wait_for_redis(error):
-                    raise
-        with self._lock:
-            self.store.publish(entries, gone, changes)
-            self._changes.add(gone, changes)
-            steps = sum(entry.steps for entry in entries)
-            self.limiter.inserted += sum(e.steps for e in entries if e.source in ONLINE)
-            self._rates["inserts"] += steps
-            self._rates["bytes"] += sum(entry.length for entry in entries)
-            if oldest:
-                self._evicted_to = oldest[-1]
-            hold = bool(self.limiter.why_not_insert())
-            committed = dict(self.store.committed)
-        for each in work:
-            if isinstance(each, _Insert):
-                acknowledged = each.entry.sequence if each.entry else committed[each.writer]
-                each.future.set_result(
-                    {"acknowledged": acknowledged, "repeated": each.entry is None, "hold": hold}
-                )
-            elif isinstance(each, _Delete):
-                each.future.set_result({"deleted": deleted})
-            elif isinstance(each, _Change):
-                each.future.set_result({})
-        if entries or gone or changes:
+    def _published(self, entries: list[Entry], gone: list[Entry], changed: list[Entry]) -> bool:
+        """Called by the committer, with the lock held, for what is durable now."""
+        self._changes.add(gone, changed)
+        self.limiter.inserted += sum(e.steps for e in entries if e.source in ONLINE)
+        self._rates["inserts"] += sum(entry.steps for entry in entries)
+        self._rates["bytes"] += sum(entry.length for entry in entries)
+        if entries or gone or changed:
             self._polls.answer()
-
-    def _deletions(self, work: list[_Work], evicted: dict[int, Entry]) -> int:
-        """Add what is to be deleted to `evicted`; returns how many that are."""
-        before = len(evicted)
-        for each in work:
-            if isinstance(each, _Delete):
-                known = self.store.entries
-                evicted |= {id: known[id] for id in each.ids if id in known}
-        return len(evicted) - before
-
-    def _closed(self, work: list[_Work]) -> dict[int, Entry]:
-        closed: dict[int, Entry] = {}
-        for each in work:
-            if isinstance(each, _Abandon):
-                closed |= {entry.id: entry for entry in self.store.abandoned(each.writer)}
-                self.store.release(each.writer)
-        for entry in closed.values():
-            log.warning(
-                "writer %s is silent for %g s: episode %s is closed as truncated after %d steps",
-                *(entry.writer, self._lease, entry.episode, entry.first_step + entry.steps),
-            )
-        return closed
-
-    def _wait_for_redis(self, error: Exception) -> bool:
-        """Until Redis answers again and knows everything; False when the service is to end."""
-        log.warning("Redis is away: %s", error)
-        since = time.monotonic()
-        while not self._stop.is_set():
-            self._redis_down = f"acknowledgements wait {time.monotonic() - since:.0f} s for Redis"
-            try:
-                if self._redis_again is not None:
-                    redis = self._redis_again()
-                    with self._lock:
-                        self.store.reconnect(redis)
-                    self._redis_down = ""
-                    log.warning("Redis is back after %.1f s", time.monotonic() - since)
-                    return True
-            except (RedisError, TwinRLError) as again:
-                log.info("Redis is still away: %s", again)
-            self._stop.wait(0.2)
-        return False
+        return bool(self.limiter.why_not_insert())
 
 
 def _session(args: dict[str, Any]) -> str | None:

@@ -49,12 +49,16 @@ def seconds(args: dict[str, Any], name: str, default: float, most: float) -> flo
 
 
 def text(
-    args: dict[str, Any], name: str, default: Any = _REQUIRED, longest: int = LONGEST_TEXT
+    args: dict[str, Any],
+    name: str,
+    default: Any = _REQUIRED,
+    longest: int = LONGEST_TEXT,
+    shortest: int = 0,
 ) -> str:
-    """args[name], a string of at most `longest` characters."""
+    """args[name], a string of `shortest` to `longest` characters."""
     value = _get(args, name, default)
-    if not isinstance(value, str) or len(value) > longest:
-        raise _wrong(name, value, f"a string of at most {longest} characters")
+    if not isinstance(value, str) or not shortest <= len(value) <= longest:
+        raise _wrong(name, value, f"a string of {shortest} to {longest} characters")
     return value
 
 
