@@ -31,6 +31,12 @@ CODECS: Dict[str, Codec] = {
     "jpeg80": Jpeg(80),
 }
 
+# Which where: chosen from benchmarks/results/codecs.json, table and reasons in docs/codecs.md. None is lossy.
+SAME_HOST = "raw"  # memory is ten times as fast as the fastest codec
+ETHERNET = "zstd-up"  # 1 GbE: doubles the link for noisy frames, and one row costs one row
+WIFI = "zstd-up"  # the same; where pictures may change, jpeg95 carries nearly three times as much
+STORAGE = "zstd-up"  # half the bytes for noisy frames, a sixteenth for clean ones
+
 
 class Encoded:
     """A column as a codec's bytes. Looks like an array as far as checks go: dtype, shape, ndim, len()."""

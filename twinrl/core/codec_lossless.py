@@ -62,7 +62,8 @@ class Zstd(Codec):
         """One row's bytes."""
         if not hasattr(self._local, "compressor"):
             zstd = self.load()
-            # As for rows of 128 KB, however small ours are: else it looks for short repeats, which noise has none of.
+            # As for rows of 128 KB, however small ours are: noise has none of the short repeats
+            # that it would look for else.
             settings = zstd.ZstdCompressionParameters.from_level(LEVEL, source_size=128 << 10)
             self._local.compressor = zstd.ZstdCompressor(compression_params=settings)
         return self._local.compressor.compress(row)
