@@ -2,9 +2,9 @@
 
 from buffer_service.cursor import Cursor
 from buffer_service.entry import Entry
+from buffer_service.gather import Batch
 from buffer_service.limiter import RateLimiter
 from buffer_service.reader import Reader
-from buffer_service.sampler import Batch
 from buffer_service.writer import Writer
 
 __all__ = ["Batch", "Cursor", "Entry", "RateLimiter", "Reader", "Writer"]

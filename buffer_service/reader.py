@@ -1,4 +1,4 @@
-"""The reading side: follows the index, maps the segment files (or fetches), draws batches."""
+"""The reading side: follows the index, maps the segment files (or asks over the network), draws batches."""
 
 from __future__ import annotations
 
@@ -6,27 +6,32 @@ import collections
 import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from buffer_service import record
-from buffer_service.entry import Entry
+from buffer_service.entry import CUT, Entry
 from buffer_service.files import MappedFiles, identity
+from buffer_service.gather import Batch, decoded, gather
+from buffer_service.index import Chosen, Index
 from buffer_service.limiter import ONLINE
-from buffer_service.sampler import Batch, Window, Windows, gather, split
+from buffer_service.sampler import Draw, draws
 from buffer_service.writer import greet
+from twinrl.core import wire
+from twinrl.core.codec import Encoded
 from twinrl.core.errors import DeadlineError, Rejected, RemoteError
 from twinrl.core.keys import Keys
-from twinrl.core.segment import SOURCES, Schema, Segment
+from twinrl.core.segment import Schema, Segment
 from twinrl.core.sockets import Client
 
 FOLLOW_SECONDS = 1.0  # how long the service may hold the question for news
 NEWS_SECONDS = 1.5  # beyond that; a question that met a dying service is never answered
 SILENCE_SECONDS = 5.0  # without an answer for so long, ask anew
-MAX_DECODED = 20_000  # segments kept decoded; mapped ones cost about 4 KiB each
+PRIORITY_SECONDS = 0.5  # between two messages with priorities
+MAPPED_COST = 16 << 10  # bytes that a decoded segment in a mapped file takes
 
 
 class Reader:
@@ -44,8 +49,10 @@ class Reader:
         deadline: float = 30.0,
         cache_bytes: int = 2 << 30,
     ) -> None:
-        """Maps the files in `run_dir` (or where the service says they are) when they are on this host, else
-        fetches segments and keeps `cache_bytes` of them. `name` is shown where somebody waits.
+        """Maps the files in `run_dir` (or where the service says they are) when they are on this host.
+
+        Elsewhere it fetches whole segments and keeps them, as long as all of the replay fits into `cache_bytes`;
+        beyond that the service gathers each batch and sends its rows only. `name` is shown where somebody waits.
         """
         self.name, self.deadline = name, deadline
         self.generator = np.random.default_rng(seed)
@@ -61,14 +68,15 @@ class Reader:
         folder = Path(hello["folder"]) if run_dir is None else Path(run_dir) / "replay"
         here = identity(folder).get("token") == hello["token"]
         self._mapped = MappedFiles(folder) if here else None
-        self._entries: dict[int, Entry] = {}
-        self._windows: dict[tuple, Windows] = {}
-        self._decoded: collections.OrderedDict[int, Segment] = collections.OrderedDict()
+        self._index = Index(self.schema)
+        # Segments that are no views of mapped files, and those with encoded columns; with what they cost.
+        self._decoded: collections.OrderedDict[int, tuple[Segment, int]] = collections.OrderedDict()
         self._cache_bytes, self._cached = cache_bytes, 0
-        self._boot = ""
-        self._evicted_to = 0
+        self._boot, self._seen, self._evicted_to = "", 0, 0
         self._open = False  # the limiter asks for no permits
         self._sampled = 0  # transitions to be reported
+        self._priorities: dict[int, float] = {}  # to be sent
+        self._priorities_sent = 0.0  # monotonic s
         self._counts: collections.Counter[str] = collections.Counter()
         self._trouble = ""
         self._stop = False
@@ -86,8 +94,8 @@ class Reader:
         with self._changed:
             self._stop = True
             self._changed.notify_all()
-        self._client.close()
         self._thread.join(5)
+        self._client.close()
 
     def __enter__(self) -> Reader:
         return self
@@ -99,9 +107,12 @@ class Reader:
         """What is known and what was drawn."""
         with self._changed:
             return {
-                "reader/segments": len(self._entries),
+                "reader/segments": len(self._index.entries),
                 "reader/batches": self._counts["batches"],
                 "reader/fetched_bytes": self._counts["fetched"],
+                "reader/cached_bytes": self._cached,
+                "reader/priorities_waiting": len(self._priorities),
+                "reader/waited_s": self._counts["waited"],
                 "reader/trouble": self._trouble,
             }
 
@@ -113,35 +124,32 @@ class Reader:
         self, source: str | None = None, task: str | None = None, region: str | None = None
     ) -> list[Entry]:
         """The index now, oldest first, of what passes the filter."""
+        part = Draw(source=source, task=task, region=region)
         with self._changed:
-            return [
-                entry
-                for entry in self._entries.values()
-                if source in (None, entry.source)
-                and task in (None, entry.task)
-                and region in (None, entry.region)
-            ]
+            return [entry for entry in self._index.entries.values() if part.passes(entry)]
 
     def entries_after(self, id: int, source: str | None, task: str | None) -> list[Entry]:
         """The entries of the filter with a higher id, oldest first."""
         with self._changed:
-            newer = itertools.takewhile(lambda each: each > id, reversed(self._entries))
-            entries = [self._entries[each] for each in newer]
+            known = self._index.entries
+            newer = itertools.takewhile(lambda each: each > id, reversed(known))
+            entries = [known[each] for each in newer]
         return [e for e in entries[::-1] if source in (None, e.source) and task in (None, e.task)]
 
     def sync(self, deadline: float | None = None) -> None:
         """Until the index holds everything that was acknowledged before this call."""
         deadline = self.deadline if deadline is None else deadline
         with self._changed:
-            newest = after = next(reversed(self._entries), 0)
+            newest = after = self._newest()
+            seen = self._seen
         while True:
-            args = {"after": after, "boot": self._boot, "sampled": 0, "wait": 0.0}
+            args = {"after": after, "boot": self._boot, "seen": seen, "sampled": 0, "wait": 0.0}
             page = self.call("index", args, deadline)["entries"]
             if not page:
                 break
             newest = after = Entry(*page[-1]).id
         self.wait_for(
-            lambda: next(reversed(self._entries), 0) >= newest,
+            lambda: self._newest() >= newest,
             deadline,
             lambda: f"the index to reach segment {newest}",
         )
@@ -150,13 +158,16 @@ class Reader:
         self, segments: int = 1, source: str | None = None, deadline: float | None = None
     ) -> None:
         """Until the index holds so many segments (of `source`)."""
+
+        def known() -> int:
+            if source is None:
+                return len(self._index.entries)
+            return self._index.count[source]
+
         self.wait_for(
-            lambda: len(self.entries(source)) >= segments,
+            lambda: known() >= segments,
             deadline,
-            lambda: (
-                f"{segments} segments of {source or 'any source'}; "
-                f"the index holds {len(self.entries(source))}"
-            ),
+            lambda: f"{segments} segments of {source or 'any source'}; the index holds {known()}",
         )
 
     def segments(
@@ -176,72 +187,106 @@ class Reader:
                 if segment is not None:
                     yield segment
 
+    def trajectories(
+        self,
+        source: str | None = None,
+        task: str | None = None,
+        region: str | None = None,
+        success: bool | None = None,
+    ) -> Iterator[list[Segment]]:
+        """The decoded segments of each episode that is there from its first step to its end, in order."""
+        with self._changed:
+            episodes = list(self._index.episodes(Draw(1.0, source, task, region, success)))
+        for entries in episodes:
+            segments = [segment for segment in self.load(entries) if segment is not None]
+            if len(segments) == len(entries):
+                yield segments
+
     def sample(
         self,
         batch_size: int,
         *,
         chunk: int | None = None,
-        mix: dict[str, float] | None = None,
+        mix: Mapping[str, float] | Sequence[Draw] | None = None,
         task: str | None = None,
         region: str | None = None,
         newest: int | None = None,
+        by: str = "uniform",
         generator: np.random.Generator | None = None,
         out: Batch | None = None,
         deadline: float | None = None,
     ) -> Batch:
-        """A batch of windows of up to `chunk` steps (the schema's C); its arrays: see `sampler.gather`.
+        """A batch of windows of up to `chunk` steps (the schema's C); its arrays: see `gather.gather`. With it come
+        instruction (B,) str and weight (B,) float32, importance weights where a part is drawn by priority, else 1.
 
-        mix: share of each source, e.g. {"demo": 0.25, "twin": 0.25, "real": 0.5}; None draws every window with
-        the same probability. Shares of sources without windows go to the others. newest: of each source's
-        newest so many segments only. generator: the reader's own by default. out: an earlier batch, to be
-        overwritten. Waits for data and for the limiter up to `deadline` s.
+        mix: share of each source, e.g. {"demo": 0.25, "twin": 0.25, "real": 0.5}, or a list of `Draw`; None draws
+        every window with the same probability. Shares of parts without windows go to the others. newest: of each
+        part's newest so many segments only. by: "uniform", "priority" (see `update_priorities`) or "fresh".
+        generator: the reader's own by default. out: an earlier batch, to be overwritten. Waits for data and for the
+        limiter up to `deadline` s.
         """
         chunk, generator = chunk or self.schema.chunk, generator or self.generator
-        for source in mix or {}:
-            if source not in SOURCES:
-                raise ValueError(f"mix names {source!r}, sources are {', '.join(SOURCES)}")
+        parts = draws(mix, task, region, newest, by)
         end = time.monotonic() + (self.deadline if deadline is None else deadline)
-        share = 1.0 if mix is None else sum(mix.get(s, 0) for s in ONLINE) / sum(mix.values())
+        online = sum(part.share for part in parts if part.source in (None, *ONLINE))
+        share = online / sum(part.share for part in parts)
         self._ask_permit(round(batch_size * chunk * share), end)
-        windows: list[Window] = []
-        segments: list[Segment] = []
-        while len(windows) < batch_size:
-            missing = batch_size - len(windows)
-            drawn = self._draw(missing, chunk, mix, (task, region), newest, generator, end)
-            loaded = self.load([window.entry for window in drawn])
-            for window, segment in zip(drawn, loaded, strict=True):
-                if segment is not None:
-                    windows.append(window)
-                    segments.append(segment)
-        batch = gather(windows, segments, chunk, out)
+        batch = None
+        while batch is None:
+            batch = self._draw(parts, batch_size, chunk, generator, out, end)
         self._counts["batches"] += 1
         return batch
 
-    def load(self, entries: list[Entry]) -> list[Segment | None]:
-        """The segments of `entries`; None where one was evicted meanwhile."""
+    def update_priorities(self, batch: Batch, values: np.ndarray) -> None:
+        """Set the priorities (> 0, e.g. the errors of the critic) of the windows of `batch`, (B,).
+
+        They count here at once. The service gets one figure for each segment, from which other readers, and this
+        one after a restart, begin: for its windows as a whole the chance to be drawn is the same then.
+        """
+        values = np.abs(np.asarray(values, np.float64)).reshape(-1)
+        if values.shape != batch["segment"].shape or not np.isfinite(values).all():
+            raise ValueError(
+                f"{values.shape} priorities for a batch of {len(batch['segment'])}; "
+                "each must be a finite number"
+            )
+        values = np.maximum(values, 1e-6)
         with self._changed:
-            missing = [entry for entry in entries if entry.id not in self._decoded]
-            if self._mapped is None:
-                self._fetch({entry.id for entry in missing})
-            else:
-                for entry in missing:
-                    try:
-                        self._keep(entry.id, self._mapped.segment(entry.file, entry.offset))
-                    except FileNotFoundError:
-                        self._drop(entry.id)
-            found = [self._decoded.get(entry.id) for entry in entries]
-            for entry in entries:
-                if entry.id in self._decoded:
-                    self._decoded.move_to_end(entry.id)
+            self._priorities |= self._index.set_priorities(batch["segment"], batch["step"], values)
+
+    def flush_priorities(self, deadline: float | None = None) -> None:
+        """Until the service has every priority set until now, durably."""
+        with self._changed:
+            self._priorities_sent = 0.0
+        self.wait_for(
+            lambda: not self._priorities and not self._counts["priorities_under_way"],
+            deadline,
+            lambda: f"the service to take {len(self._priorities)} priorities",
+        )
+
+    def load(self, entries: list[Entry]) -> list[Segment | None]:
+        """The segments of `entries`, every column an array; None where one was evicted meanwhile."""
+        found: dict[int, Segment] = {}
+        with self._changed:
+            absent = [entry for entry in entries if not self._hold(entry, found)]
+        found |= self._fetch(absent)
+        with self._changed:
             self._shrink()
-            return found
+        return [
+            _closed(decoded(found[entry.id]), entry) if entry.id in found else None
+            for entry in entries
+        ]
 
     def call(self, method: str, args: dict[str, Any], deadline: float) -> dict[str, Any]:
         """A request to the service, repeated while it is away, for `deadline` s."""
+        return self._request(method, args, deadline)[0]
+
+    def _request(
+        self, method: str, args: dict[str, Any], deadline: float
+    ) -> tuple[dict[str, Any], wire.Arrays]:
         end = time.monotonic() + deadline
         while True:
             try:
-                return self._client.call(method, args, timeout=min(SILENCE_SECONDS, deadline))[0]
+                return self._client.call(method, args, timeout=min(SILENCE_SECONDS, deadline))
             except Rejected:
                 raise
             except (DeadlineError, RemoteError) as error:
@@ -252,44 +297,159 @@ class Reader:
                 with self._changed:
                     self._changed.wait(0.1)
 
+    # -- drawing -----------------------------------------------------------------------------------------
+
     def _draw(
         self,
+        parts: list[Draw],
         count: int,
         chunk: int,
-        mix: dict[str, float] | None,
-        kind: tuple[str | None, str | None],  # task and region
-        newest: int | None,
         generator: np.random.Generator,
+        out: Batch | None,
         end: float,
-    ) -> list[Window]:
-        wanted = tuple(SOURCES if mix is None else (s for s, weight in mix.items() if weight > 0))
+    ) -> Batch | None:
+        """A batch; None when a segment was evicted in between."""
 
-        def sizes() -> dict[str, int]:
-            return {source: len(self._table((chunk, source, *kind))) for source in wanted}
+        def what() -> str:
+            sources = sorted({part.source or "any source" for part in parts})
+            held = len(self._index.entries)
+            return (
+                f"a window of {chunk} steps from {'/'.join(sources)}; "
+                f"the index holds {held} segments, none with one"
+            )
 
+        held: dict[int, Segment] = {}
         with self._changed:
             self.wait_for(
-                lambda: any(sizes().values()),
+                lambda: any(self._index.table(part, chunk).windows for part in parts),
                 end - time.monotonic(),
-                lambda: (
-                    f"a window of {chunk} steps from {'/'.join(wanted)}; "
-                    f"the index holds {len(self._entries)} segments, none with one"
-                ),
+                what,
             )
-            known = sizes()
-            shares: dict[str, float] = {s: float(known[s]) for s in wanted} if mix is None else mix
-            windows: list[Window] = []
-            for source, number in split(count, shares, known, generator).items():
-                table = self._table((chunk, source, *kind))
-                windows += table.draw(number, generator, newest)
-            return windows
+            chosen = self._index.choose(parts, count, chunk, generator)
+            absent = self._locate(chosen, held)
+            whole = self.mapped or self._index.bytes <= self._cache_bytes
+            if not absent:
+                keep = self._keep_alive(chosen, held)
+                addresses = self._addresses(chosen)
+        if absent:
+            if not whole:
+                return self._ask_rows(chosen, chunk, out, end)
+            held |= self._fetch(absent)
+            with self._changed:
+                if not self._adopt(chosen, held):
+                    return None
+                keep = self._keep_alive(chosen, held)
+                addresses = self._addresses(chosen)
+                self._shrink()
+        first, second, instruction = addresses
+        fields = self._index.places.fields
+        batch = gather(chosen.windows, fields, first, second, chunk, out, held)
+        del keep  # only now may maps and segments go
+        return {**batch, "weight": chosen.weight, "instruction": instruction}
 
-    def _table(self, key: tuple[int, str, str | None, str | None]) -> Windows:
-        if key not in self._windows:
-            self._windows[key] = Windows(*key)
-            for entry in self._entries.values():
-                self._windows[key].add(entry)
-        return self._windows[key]
+    def _locate(self, chosen: Chosen, held: dict[int, Segment]) -> list[Entry]:
+        """See that the places of all chosen segments are known; gives those that must be fetched for it."""
+        places, absent = self._index.places, []
+        rows = np.unique(np.concatenate([chosen.row, chosen.second_row]))
+        wanted = rows[~places.known[rows] | places.coded[rows]]
+        for row in wanted.tolist():
+            entry = self._index.entry_at(row)
+            if not self._hold(entry, held):
+                absent.append(entry)
+            elif not places.known[row]:
+                places.put(row, held[entry.id])
+        return absent
+
+    def _adopt(self, chosen: Chosen, held: dict[int, Segment]) -> bool:
+        """Take in the places of fetched segments; False when a chosen one is gone by now."""
+        places, windows = self._index.places, chosen.windows
+        for rows, ids in ((chosen.row, windows.id), (chosen.second_row, windows.second)):
+            for row, id in zip(rows.tolist(), ids.tolist(), strict=True):
+                if not id:
+                    continue
+                if self._index.row(id) != row:
+                    return False
+                if not places.known[row]:
+                    if id not in held:
+                        return False
+                    places.put(row, held[id])
+        return True
+
+    def _addresses(self, chosen: Chosen) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of the chosen segments' columns, and their instructions: copies, good while the memory is kept."""
+        places = self._index.places
+        instruction = np.array(places.instructions)[places.instruction[chosen.row]]
+        return places.addresses[chosen.row], places.addresses[chosen.second_row], instruction
+
+    def _keep_alive(self, chosen: Chosen, held: dict[int, Segment]) -> list[Any]:
+        """What the chosen segments' memory belongs to."""
+        ids = {*chosen.windows.id.tolist(), *chosen.windows.second.tolist()} - {0}
+        keep: list[Any] = [dict(held), *(self._decoded[id] for id in ids if id in self._decoded)]
+        if self._mapped is not None:
+            entries = self._index.entries
+            files = {entries[id].file for id in ids if id not in self._decoded}
+            keep += [self._mapped.map(file) for file in files]
+        return keep
+
+    def _hold(self, entry: Entry, held: dict[int, Segment]) -> bool:
+        """Put a segment that is at hand into `held`; False when it must be fetched."""
+        if entry.id in self._decoded:
+            self._decoded.move_to_end(entry.id)
+            held[entry.id] = self._decoded[entry.id][0]
+            return True
+        if self._mapped is None:
+            return False
+        try:
+            segment = self._mapped.segment(entry.file, entry.offset)
+        except FileNotFoundError:  # evicted, or no longer in this host's files
+            return False
+        held[entry.id] = segment
+        if any(isinstance(column, Encoded) for column in segment.columns.values()):
+            self._keep(entry.id, segment, MAPPED_COST)
+        return True
+
+    def _keep(self, id: int, segment: Segment, cost: int) -> None:
+        if id not in self._decoded:
+            self._decoded[id] = (segment, cost)
+            self._cached += cost
+
+    def _fetch(self, entries: list[Entry]) -> dict[int, Segment]:
+        """Whole segments from the service, which are kept; those that are evicted are dropped."""
+        ids, fetched = {entry.id for entry in entries}, {}
+        while ids:
+            answer, records = self._request("fetch", {"ids": sorted(ids)}, self.deadline)
+            here = {int(id): record.decode(raw, verify=True) for id, raw in records.items()}
+            fetched |= here
+            with self._changed:
+                self._counts["fetched"] += sum(len(raw) for raw in records.values())
+                for id in answer["missing"]:
+                    self._drop(id)
+                for id, segment in here.items():
+                    if id in self._index.entries:
+                        self._keep(id, segment, segment.nbytes)
+            ids -= {*answer["missing"], *here}
+        return fetched
+
+    def _ask_rows(self, chosen: Chosen, chunk: int, out: Batch | None, end: float) -> Batch | None:
+        """The batch as the service gathers it; None when a segment was evicted."""
+        windows = chosen.windows
+        columns = (windows.id, windows.start, windows.length + windows.extra, windows.second)
+        args = {"windows": np.stack(columns, axis=1).tolist(), "chunk": chunk}
+        answer, arrays = self._request("rows", args, max(end - time.monotonic(), 1.0))
+        with self._changed:
+            self._counts["fetched"] += sum(array.nbytes for array in arrays.values())
+            for id in answer["missing"]:
+                self._drop(id)
+        if answer["missing"]:
+            return None
+        batch = dict(arrays)
+        instruction = np.array(answer["instructions"])[batch.pop("instruction")]
+        for name, array in batch.items():
+            given = None if out is None else out.get(name)
+            if given is not None and given.shape == array.shape and given.dtype == array.dtype:
+                given[...] = array
+                batch[name] = given
+        return {**batch, "weight": chosen.weight, "instruction": instruction}
 
     def _ask_permit(self, transitions: int, end: float) -> None:
         if not transitions:
@@ -323,6 +483,7 @@ class Reader:
             with self._changed:
                 sampled, self._sampled = self._sampled, 0
             try:
+                self._send_priorities()
                 self._learn(sampled)
                 self._trouble = ""
             except (DeadlineError, RemoteError) as error:
@@ -330,74 +491,121 @@ class Reader:
                     self._sampled += sampled
                     self._trouble = str(error)
                     self._changed.wait(0.2)
+        try:
+            self._send_priorities()
+        except (DeadlineError, RemoteError) as error:
+            self._trouble = str(error)
+
+    def _send_priorities(self) -> None:
+        with self._changed:
+            now = time.monotonic()
+            if not self._priorities or (
+                now - self._priorities_sent < PRIORITY_SECONDS and not self._stop
+            ):
+                return
+            sending, self._priorities = self._priorities, {}
+            self._priorities_sent = now
+            self._counts["priorities_under_way"] = len(sending)
+        args = {"ids": list(sending), "values": list(sending.values())}
+        try:
+            self._client.call("priorities", args, timeout=NEWS_SECONDS)
+        except (DeadlineError, RemoteError):
+            with self._changed:
+                self._priorities = sending | self._priorities
+            raise
+        finally:
+            with self._changed:
+                self._counts["priorities_under_way"] = 0
+                self._changed.notify_all()
 
     def _learn(self, sampled: int) -> None:
-        """Ask for news and take them in; after a restart of the service, compare everything."""
-        after = next(reversed(self._entries), 0)
-        news = self._ask_index(after, sampled, FOLLOW_SECONDS)
-        if news["boot"] == self._boot:
-            self._take(news["entries"], news["evicted_to"])
+        """Ask for news and take them in; after a restart of the service, or far behind, compare everything."""
+        news = self._ask_index(self._newest(), self._seen, sampled, FOLLOW_SECONDS)
+        if news["boot"] == self._boot and news["gone"] is not None:
+            with self._changed:
+                known = self._index.entries
+                changed = (Entry(*fields) for fields in news["changed"])
+                fresh = [Entry(*fields) for fields in news["entries"]]
+                self._take([*fresh, *(e for e in changed if e.id in known)], news["gone"])
+                self._note(news)
             return
-        entries: dict[int, Entry] = {}
+        self._compare()
+
+    def _compare(self) -> None:
+        """Make the index equal to the service's."""
+        priorities: dict[int, float] = {}
         while True:
-            news = self._ask_index(next(reversed(entries), 0), 0, 0.0)
+            after = {"after": max(priorities, default=0)}
+            page = self._client.call("priorities_read", after, timeout=NEWS_SECONDS)[0]
+            priorities |= zip(page["ids"], page["values"], strict=True)
+            if not page["ids"]:
+                break
+        entries: dict[int, Entry] = {}
+        begin = None
+        while True:
+            seen = 0 if begin is None else begin["seen"]
+            news = self._ask_index(next(reversed(entries), 0), seen, 0, 0.0)
+            begin = begin or news
+            if news["boot"] != begin["boot"]:
+                return  # again, from the start
             page = [Entry(*fields) for fields in news["entries"]]
             entries.update((entry.id, entry) for entry in page)
             if not page:
                 break
         with self._changed:
-            for id in [id for id in self._entries if id not in entries]:
-                self._drop(id)
-            self._boot, self._open, self._evicted_to = news["boot"], False, 0
-            self._take([e for e in entries.values() if e.id not in self._entries], 0)
+            for id, entry in self._index.entries.items():
+                theirs = entries.get(
+                    id
+                )  # after a crash of the whole machine a number may come again
+                if theirs is not None and (theirs[10:12] != entry[10:12]):
+                    self._drop(id)
+            for id, value in priorities.items():
+                self._index.priority.setdefault(id, value)
+            self._take(entries.values(), [id for id in self._index.entries if id not in entries])
+            self._open = False
+            self._note(begin)
 
-    def _ask_index(self, after: int, sampled: int, wait: float) -> dict[str, Any]:
-        known = {"after": after, "boot": self._boot, "evicted_to": self._evicted_to}
+    def _note(self, news: dict[str, Any]) -> None:
+        self._boot, self._seen = news["boot"], news["seen"]
+        self._evicted_to = news.get("evicted_to", 0)
+
+    def _newest(self) -> int:
+        with self._changed:
+            return next(reversed(self._index.entries), 0)
+
+    def _ask_index(self, after: int, seen: int, sampled: int, wait: float) -> dict[str, Any]:
+        known = {"after": after, "boot": self._boot, "seen": seen, "evicted_to": self._evicted_to}
         args = {**known, "sampled": sampled, "wait": wait}
         return self._client.call("index", args, timeout=wait + NEWS_SECONDS)[0]
 
-    def _take(self, entries: list, evicted_to: int) -> None:
-        with self._changed:
-            for fields in entries:
-                entry = Entry(*fields)
-                self._entries[entry.id] = entry
-                for windows in self._windows.values():
-                    windows.add(entry)
-            if evicted_to > self._evicted_to:
-                self._evicted_to = evicted_to
-                gone = list(itertools.takewhile(lambda id: id <= evicted_to, self._entries))
-                for id in gone:
-                    if self._entries[id].source == "twin":
-                        self._drop(id)
-                if self._mapped is not None:
-                    self._mapped.forget({entry.file for entry in self._entries.values()})
-            self._changed.notify_all()
+    def _take(self, entries: Iterable[Entry], gone: list[int]) -> None:
+        for entry in entries:
+            self._index.put(entry)
+        for id in gone:
+            self._drop(id)
+        if gone and self._mapped is not None:
+            self._mapped.forget(set(self._index.files))
+        self._changed.notify_all()
 
     def _drop(self, id: int) -> None:
-        self._entries.pop(id, None)
-        segment = self._decoded.pop(id, None)
-        if segment is not None and self._mapped is None:
-            self._cached -= segment.nbytes
-        for windows in self._windows.values():
-            windows.remove(id)
-
-    def _fetch(self, ids: set[int]) -> None:
-        while ids:
-            answer, records = self._client.call("fetch", {"ids": sorted(ids)})
-            for id in answer["missing"]:
-                self._drop(id)
-            for id, raw in records.items():
-                self._keep(int(id), record.decode(raw, verify=True))
-                self._counts["fetched"] += len(raw)
-            ids -= {*answer["missing"], *(int(id) for id in records)}
-
-    def _keep(self, id: int, segment: Segment) -> None:
-        self._decoded[id] = segment
-        if self._mapped is None:
-            self._cached += segment.nbytes
+        self._index.remove(id)
+        _, cost = self._decoded.pop(id, (None, 0))
+        self._cached -= cost
 
     def _shrink(self) -> None:
-        while len(self._decoded) > MAX_DECODED or self._cached > self._cache_bytes:
-            _, segment = self._decoded.popitem(last=False)
-            if self._mapped is None:
-                self._cached -= segment.nbytes
+        """Keep to `cache_bytes`; what a batch holds stays until that is made."""
+        while self._cached > self._cache_bytes:
+            id, (_, cost) = self._decoded.popitem(last=False)
+            self._cached -= cost
+            self._index.forget_place(id)
+
+
+def _closed(segment: Segment, entry: Entry) -> Segment:
+    """The segment with the end that the index gives it: an episode whose writer died is truncated."""
+    terminated, truncated = (segment.columns[name] for name in ("terminated", "truncated"))
+    if entry.end != CUT or terminated[-1] or truncated[-1]:
+        return segment
+    truncated = truncated.copy()
+    truncated[-1] = True
+    truncated.flags.writeable = False
+    return Segment({**segment.header, "last": True}, {**segment.columns, "truncated": truncated})

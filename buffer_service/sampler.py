@@ -1,191 +1,204 @@
-"""Windows: stretches of up to C executed steps of one segment, what a chunk critic learns from.
+"""What to draw: parts of a batch, and windows of up to C executed steps.
 
 A window of L steps starts at a step t that has a frame and ends at t + L, which has a frame too or is the
-terminal state. L is C, or less where the episode ends first (the tail).
+terminal state. L is C, or less where the episode ends first (the tail). A window that reaches its segment's end
+goes on in the next segment of the episode, once that is there; a third one is never touched: where two segments
+are too short for C steps and the episode goes on, no window starts.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from buffer_service.entry import OPEN, TERMINATED, Entry
-from twinrl.core.segment import IMAGE_PREFIX, SOURCES, Segment
+from buffer_service.entry import CUT, OPEN, TERMINATED, Entry
+from buffer_service.gather import Batch, Windows
+from buffer_service.selectors import BY
+from twinrl.core.errors import ConfigError
+from twinrl.core.segment import SOURCES
 
-Batch = dict[str, np.ndarray]
-_STEP_COLUMNS = ("action", "reward", "intervention")
-_STATES = ("observation.state", "privileged.state")
-
-
-class Window(NamedTuple):
-    """Steps t .. t + length of a segment."""
-
-    entry: Entry
-    start: int
-    length: int
+__all__ = ["Batch", "Draw", "discounted", "draws", "split", "window_starts", "windows_at"]
 
 
-def window_starts(entry: Entry, chunk: int) -> Sequence[int]:
-    """Every step at which a window of up to `chunk` steps may start, rising."""
-    steps, ended = entry.steps, entry.end != OPEN
-    if entry.frame_step is None:
-        return range(steps if ended else max(steps - chunk + 1, 0))
-    frames = set(entry.frame_step)
-    if entry.end == TERMINATED:
-        frames.add(steps)  # nothing is bootstrapped there, so no frame is needed
-    return [
-        t
-        for t in entry.frame_step
-        if t < steps and (ended or t + chunk <= steps) and min(t + chunk, steps) in frames
-    ]
+@dataclass(frozen=True)
+class Draw:
+    """A part of a batch: which windows, and how they are drawn."""
+
+    share: float = 1.0  # of the batch, relative to the other parts'
+    source: str | None = None  # None: any, also for the next three
+    task: str | None = None
+    region: str | None = None
+    success: bool | None = None  # True: of episodes that succeeded; False: that ended without
+    newest: int | None = None  # only of the newest so many segments
+    by: str = "uniform"  # or "priority" or "fresh"
+    exponent: float = 0.6  # "priority": drawn in proportion to priority ** exponent
+    importance: float = 0.4  # "priority": weight = (windows * probability) ** -importance
+    half_life: float = 100_000.0  # "fresh": transitions that halve the chance of what came before
+
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense."""
+        if self.source is not None and self.source not in SOURCES:
+            raise ConfigError(f"mix names {self.source!r}, sources are {', '.join(SOURCES)}")
+        if self.by not in BY:
+            raise ConfigError(f"a draw by {self.by!r}; it can be by {', '.join(BY)}")
+        if not 0 <= self.share < float("inf"):
+            raise ConfigError(f"a draw's share is {self.share}, must be positive, or 0 for nothing")
+        if self.newest is not None and self.newest < 1:
+            raise ConfigError(f"newest={self.newest} leaves no segment to draw from")
+        if self.half_life <= 0 or self.exponent < 0 or self.importance < 0:
+            raise ConfigError(
+                f"half_life={self.half_life:g} must be positive, exponent={self.exponent:g} and "
+                f"importance={self.importance:g} not negative"
+            )
+
+    def key(self, chunk: int) -> tuple:
+        """What the table that it draws from depends on."""
+        weighing = {"priority": self.exponent, "fresh": self.half_life}.get(self.by)
+        return (chunk, self.source, self.task, self.region, self.success, self.by, weighing)
+
+    def passes(self, entry: Entry) -> bool:
+        """Whether a segment belongs to it, its episode's success apart."""
+        return (
+            self.source in (None, entry.source)
+            and self.task in (None, entry.task)
+            and self.region in (None, entry.region)
+        )
 
 
-class Windows:
-    """The windows of the segments of one source that pass a filter; drawn uniformly."""
-
-    def __init__(self, chunk: int, source: str, task: str | None, region: str | None) -> None:
-        self._chunk, self._filter = chunk, (source, task, region)
-        self._starts: dict[int, Sequence[int]] = {}  # by segment id, oldest first
-        self._entries: dict[int, Entry] = {}
-        self._order: list[int] | None = None
-        self._ends = np.zeros(0, np.int64)
-
-    def add(self, entry: Entry) -> None:
-        """Take in a segment, if it passes and has windows."""
-        source, task, region = self._filter
-        if entry.source != source or task not in (None, entry.task):
-            return
-        if region not in (None, entry.region):
-            return
-        starts = window_starts(entry, self._chunk)
-        if len(starts):
-            self._starts[entry.id], self._entries[entry.id] = starts, entry
-            self._order = None
-
-    def remove(self, id: int) -> None:
-        """Forget a segment."""
-        if self._starts.pop(id, None) is not None:
-            del self._entries[id]
-            self._order = None
-
-    def __len__(self) -> int:
-        self._prepare()
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def draw(self, count: int, generator: np.random.Generator, newest: int | None) -> list[Window]:
-        """`count` windows, uniformly and with repetition; of the `newest` segments only, when given."""
-        self._prepare()
-        order, ends = self._order or [], self._ends
-        low = 0 if newest is None or newest >= len(order) else int(ends[len(order) - newest - 1])
-        numbers = generator.integers(low, len(self), count)
-        places = np.searchsorted(ends, numbers, side="right")
-        windows = []
-        # Offsets are negative: they count back from the end of a segment's windows.
-        for place, offset in zip(places.tolist(), (numbers - ends[places]).tolist(), strict=True):
-            id = order[place]
-            entry, start = self._entries[id], self._starts[id][offset]
-            windows.append(Window(entry, start, min(self._chunk, entry.steps - start)))
-        return windows
-
-    def _prepare(self) -> None:
-        if self._order is None:
-            self._order = list(self._starts)
-            self._ends = np.cumsum([len(starts) for starts in self._starts.values()])
+def draws(
+    mix: Mapping[str, float] | Sequence[Draw] | None,
+    task: str | None,
+    region: str | None,
+    newest: int | None,
+    by: str,
+) -> list[Draw]:
+    """The parts of a batch: `mix` as {source: share} or as parts already, or one part of everything."""
+    same = {"task": task, "region": region, "newest": newest, "by": by}
+    if mix is None:
+        return [Draw(**same)]
+    if isinstance(mix, Mapping):
+        parts = [Draw(share, source, **same) for source, share in mix.items()]
+    else:
+        parts = list(mix)
+        given = {k: v for k, v in same.items() if v not in (None, "uniform")}
+        if given:
+            raise ConfigError(f"{', '.join(given)} belong into the parts of the mix")
+    parts = [part for part in parts if part.share > 0]
+    if not parts:
+        raise ConfigError(f"mix={mix!r} gives every part a share of 0")
+    return parts
 
 
 def split(
-    count: int, mix: dict[str, float], sizes: dict[str, int], generator: np.random.Generator
-) -> dict[str, int]:
-    """How many of `count` windows to draw from each source: by `mix`, shared among those that have windows.
+    count: int, shares: Sequence[float], sizes: Sequence[int], generator: np.random.Generator
+) -> list[int]:
+    """How many of `count` windows to draw from each part: by `shares`, shared among those that have windows.
 
     Whole parts are fixed and only the rest is drawn, so a batch keeps to the mix closely.
     """
-    weights = {source: weight for source, weight in mix.items() if weight > 0 and sizes[source]}
-    total = sum(weights.values())
-    exact = {source: count * weight / total for source, weight in weights.items()}
-    counts = {source: int(value) for source, value in exact.items()}
-    rest = count - sum(counts.values())
+    weight = np.array(shares, float) * (np.array(sizes) > 0)
+    exact = count * weight / weight.sum()
+    counts = exact.astype(np.int64)
+    rest = count - int(counts.sum())
     if rest:
-        left = np.array([exact[source] - counts[source] for source in exact])
-        for place, extra in enumerate(generator.multinomial(rest, left / left.sum())):
-            counts[list(exact)[place]] += int(extra)
-    return counts
+        left = exact - counts
+        counts += generator.multinomial(rest, left / left.sum())
+    return counts.tolist()
 
 
-def gather(
-    windows: Sequence[Window], segments: Sequence[Segment], chunk: int, out: Batch | None = None
-) -> Batch:
-    """The batch of `windows`; `segments[i]` is the segment of `windows[i]`. Fills the arrays of `out` if given.
+def window_starts(entry: Entry, following: Entry | None, chunk: int) -> Sequence[int]:
+    """Every step at which a window of up to `chunk` steps may start, rising.
 
-    observation.images.CAMERA (B, H, W, 3) uint8, observation.state (B, S) float32, privileged.state (B, P) when
-    every segment has it, each also with the prefix "next." for the state after the window; action (B, C, 7),
-    reward (B, C), intervention (B, C) bool, step_mask (B, C) bool: the step was executed, zeros elsewhere;
-    terminated, truncated (B,) bool of the last executed step; steps (B,) int64 = L; source (B,) int64 in
-    SOURCES; policy_version (B,) int64 of the first step; segment, step (B,) int64; instruction (B,) str.
-    A terminal state without a frame has the last frame before it as its next image.
+    `following`: the next segment of the episode, where there is one.
     """
-    size = len(windows)
-    batch = _allocate(segments, size, chunk, out)
-    images = [
-        (name, batch[name], batch["next." + name])
-        for name in batch
-        if name.startswith(IMAGE_PREFIX)
-    ]
-    states = [(name, batch[name], batch["next." + name]) for name in _STATES if name in batch]
-    steps = [(name, batch[name]) for name in _STEP_COLUMNS]
-    pairs = list(zip(windows, segments, strict=True))
-    for row, ((entry, start, length), (_, columns)) in enumerate(pairs):
-        end = start + length
-        frames = entry.frame_step
-        first = start if frames is None else bisect.bisect_left(frames, start)
-        last = end if frames is None else bisect.bisect_right(frames, end) - 1
-        for name, now, after in images:
-            column = columns[name]
-            now[row] = column[first]
-            after[row] = column[last]
-        for name, now, after in states:
-            column = columns[name]
-            now[row] = column[start]
-            after[row] = column[end]
-        for name, target in steps:
-            target[row, :length] = columns[name][start:end]
-            if length < chunk:
-                target[row, length:] = 0
-    for name in ("terminated", "truncated"):
-        batch[name][:] = [s.columns[name][w.start + w.length - 1] for w, s in pairs]
-    batch["policy_version"][:] = [s.columns["policy_version"][w.start] for w, s in pairs]
-    lengths = np.array([window.length for window in windows])
-    batch["steps"][:] = lengths
-    batch["step_mask"][:] = np.arange(chunk) < lengths[:, None]
-    batch["source"][:] = [SOURCES.index(window.entry.source) for window in windows]
-    batch["segment"][:] = [window.entry.id for window in windows]
-    batch["step"][:] = [window.start for window in windows]
-    batch["instruction"] = np.array([segment.header["instruction"] for segment in segments])
-    return batch
+    steps, end, frames = entry.steps, entry.end, entry.frame_step
+    more = 0
+    if end == OPEN and following is not None:
+        more, end = following.steps, following.end
+    last = steps if end != OPEN else min(steps, max(steps + more - chunk + 1, 0))
+    if frames is None and (not more or following.frame_step is None):
+        return range(last)
+    if not more:
+        return _sparse(tuple(frames), None, steps, 0, end, chunk)
+    frames = range(steps + 1) if frames is None else frames
+    after = following.frame_step
+    after = tuple(range(more + 1)) if after is None else tuple(after)
+    return _sparse(tuple(frames), after, steps, more, end, chunk)
 
 
-def _allocate(segments: Sequence[Segment], size: int, chunk: int, out: Batch | None) -> Batch:
-    shapes: dict[str, tuple] = {}
-    for name, column in segments[0].columns.items():
-        if name.startswith(IMAGE_PREFIX) or name in _STATES:
-            if name == "privileged.state" and not all(name in each.columns for each in segments):
-                continue
-            for key in (name, "next." + name):
-                shapes[key] = ((size, *column.shape[1:]), column.dtype)
-    for name in _STEP_COLUMNS:
-        column = segments[0].columns[name]
-        shapes[name] = ((size, chunk, *column.shape[1:]), column.dtype)
-    shapes["step_mask"] = ((size, chunk), np.bool_)
-    for name in ("terminated", "truncated"):
-        shapes[name] = ((size,), np.bool_)
-    for name in ("steps", "source", "policy_version", "segment", "step"):
-        shapes[name] = ((size,), np.int64)
-    batch = {}
-    for name, (shape, dtype) in shapes.items():
-        given = None if out is None else out.get(name)
-        fits = given is not None and given.shape == shape and given.dtype == dtype
-        batch[name] = given if given is not None and fits else np.empty(shape, dtype)
-    return batch
+@functools.lru_cache(maxsize=4096)
+def _sparse(
+    frames: tuple[int, ...],
+    after: tuple[int, ...] | None,
+    steps: int,
+    more: int,
+    end: int,
+    chunk: int,
+) -> Sequence[int]:
+    """`window_starts` where not every step has a frame; segments of a job look much the same."""
+    reach = steps + more
+    seen = set(frames)
+    if after is not None:
+        seen.update(
+            steps + t for t in after if t
+        )  # a window that ends at `steps` lies in the first
+    if end == TERMINATED:
+        seen.add(reach)  # nothing is bootstrapped there, so no frame is needed
+    return tuple(
+        t
+        for t in frames
+        if t < steps and (end != OPEN or t + chunk <= reach) and min(t + chunk, reach) in seen
+    )
+
+
+def windows_at(
+    entries: Sequence[Entry],
+    followings: Sequence[Entry | None],
+    start: Sequence[int],
+    length: Sequence[int],
+) -> Windows:
+    """Windows of `length` steps (or what there is) from step `start` of each of `entries` on.
+
+    The vectorised form of this is the index's; this one serves whoever has only entries.
+    """
+    rows = []
+    for entry, following, begin, count in zip(entries, followings, start, length, strict=True):
+        here = min(count, entry.steps - begin)
+        extra = 0 if following is None else min(count - here, following.steps)
+        last = following if extra else entry
+        after = extra or begin + here
+        next_frame = _frame(last, after)
+        second = extra > 0 and next_frame >= 0
+        if extra and not second:  # a terminal state without a frame
+            next_frame = _frame(entry, entry.steps)
+        cut = last.end == CUT and after == last.steps
+        rows.append(
+            (
+                *(entry.id, begin, here, following.id if extra else 0, extra),
+                *(_frame(entry, begin), next_frame, second, cut, SOURCES.index(entry.source)),
+            )
+        )
+    columns = list(zip(*rows, strict=True))
+    kinds = [bool if name in ("next_second", "cut") else np.int64 for name in Windows._fields]
+    return Windows(*(np.array(c, kind) for c, kind in zip(columns, kinds, strict=True)))
+
+
+def _frame(entry: Entry, step: int) -> int:
+    """The row of the last frame at or before `step`, -1 for none."""
+    frames = entry.frame_step
+    return step if frames is None else bisect.bisect_right(frames, step) - 1
+
+
+def discounted(batch: Batch, gamma: float) -> tuple[np.ndarray, np.ndarray]:
+    """(returns, discounts) (B,) float32 of n-step learning: y = returns + discounts * V(next observation).
+
+    returns = sum_i gamma^i reward_i over the executed steps; discounts = gamma^steps, 0 after a terminal state.
+    """
+    powers = gamma ** np.arange(batch["reward"].shape[1])
+    returns = (batch["reward"] * batch["step_mask"] * powers).sum(axis=1)
+    discounts = gamma ** batch["steps"] * ~batch["terminated"]
+    return returns.astype(np.float32), discounts.astype(np.float32)
