@@ -22,6 +22,7 @@ from buffer_service.committer import Abandon, Change, Committer, Delete, Insert
 from buffer_service.entry import Entry
 from buffer_service.limiter import ONLINE, RateLimiter
 from buffer_service.polls import MAX_WAIT, Polls
+from buffer_service.rows import RowGatherer, wanted
 from buffer_service.store import SCHEMA_CURE, Store
 from twinrl.core import arguments, wire
 from twinrl.core.errors import Rejected, TwinRLError
@@ -77,9 +78,10 @@ class Service:
             "repeats": 0,
             "time": time.monotonic(),
         }
+        self._rows = RowGatherer(schema)
         self._restore_limiter()
         for method in (
-            *("hello", "insert", "allocate", "insert_file", "index", "fetch", "permit"),
+            *("hello", "insert", "allocate", "insert_file", "index", "fetch", "rows", "permit"),
             *("priorities", "priorities_read", "delete", "cursor_read", "cursor_commit", "info"),
         ):
             server.bind(method, getattr(self, method))
@@ -95,6 +97,7 @@ class Service:
     def close(self) -> None:
         """Stop serving; what came in is committed and durable then."""
         self.server.close()
+        self._rows.close()
         self._stop.set()
         self._ticker.join(30)
         self._committer.close()
@@ -256,6 +259,24 @@ class Service:
                 total += entry.length
                 records[str(id)] = np.frombuffer(self.store.raw(entry), np.uint8)
         return {"missing": missing}, records
+
+    def rows(self, request: Request) -> Future | dict[str, Any]:
+        """A batch of `windows` [[segment, start, length, second], ...] of up to `chunk` steps, for readers elsewhere.
+
+        `missing` segments were evicted; there are no columns then.
+        """
+        windows, chunk = wanted(request.args, self.schema)
+        entries, records, missing = {}, {}, []
+        with self._lock:
+            for id in {id for window in windows for id in (window[0], window[3]) if id}:
+                entry = self.store.entries.get(id)
+                if entry is None:
+                    missing.append(id)
+                else:
+                    entries[id], records[id] = entry, self.store.raw(entry)
+        if missing:
+            return {"missing": missing, "instructions": []}
+        return self._rows.submit(windows, chunk, entries, records)
 
     def permit(self, request: Request) -> Future:
         """Ask the limiter for `sample` transitions (0: whether inserting may go on), waiting up to `wait` s."""
@@ -456,6 +477,10 @@ class Service:
         if entries or gone or changed:
             self._polls.answer()
         return bool(self.limiter.why_not_insert())
+
+
+def _writer(args: dict[str, Any]) -> str:
+    return arguments.text(args, "writer")
 
 
 def _session(args: dict[str, Any]) -> str | None:

@@ -1,0 +1,190 @@
+"""The committer: makes durable whatever came in since it last looked, all with one transaction, and then says so.
+
+Inserts, deletions, cursors and priorities wait for each other only here, so that many small ones cost one
+round trip to Redis and at most one sync.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import NamedTuple
+
+from buffer_service.embedded_redis import Redis, RedisError
+from buffer_service.entry import Entry
+from buffer_service.store import Store
+from twinrl.core.errors import TwinRLError
+
+log = logging.getLogger(__name__)
+RETRY_SECONDS = 0.2
+
+
+class Insert(NamedTuple):
+    """A written payload, or (without entry) a repeat of one. Answered with {"acknowledged", "repeated", "hold"}."""
+
+    entry: Entry | None
+    writer: str
+    future: Future
+
+
+class Change(NamedTuple):
+    """Something in the store's fields is to be made durable. Answered with {}."""
+
+    future: Future
+
+
+class Delete(NamedTuple):
+    """Segments that somebody asked to delete. Answered with {"deleted"}."""
+
+    ids: list[int]
+    future: Future
+
+
+class Abandon(NamedTuple):
+    """A writer is silent for longer than its lease: its open episodes are to be closed, its files sealed."""
+
+    writer: str
+    seconds: float
+
+
+Work = Insert | Change | Delete | Abandon
+
+
+class Committer:
+    """One thread between the service and its store."""
+
+    def __init__(
+        self,
+        store: Store,
+        lock: threading.RLock,
+        redis_again: Callable[[], Redis] | None,
+        published: Callable[[list[Entry], list[Entry], list[Entry]], bool],
+    ) -> None:
+        """`lock` guards the store's fields. redis_again: see `Service`. published(new, gone, changed) is called
+        with the lock held when all of it is durable; it says whether inserting has to wait now.
+        """
+        self._store, self._lock = store, lock
+        self._redis_again, self._published = redis_again, published
+        self._work: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
+        self.failure: Exception | None = None  # what ended the thread
+        self.trouble = ""  # what acknowledgements wait for, if not for their turn
+
+    def start(self) -> None:
+        """Begin to commit."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Commit what there is and close the store."""
+        self._stop.set()
+        self._work.put(None)
+        self._thread.join(30)
+
+    def put(self, work: Work) -> None:
+        """Have it done with the next commit."""
+        self._work.put(work)
+
+    def _run(self) -> None:
+        try:
+            running = True
+            while running:
+                group = [self._work.get()]
+                while not self._work.empty():
+                    group.append(self._work.get())
+                work = [each for each in group if each is not None]
+                running = len(work) == len(group)
+                if work:
+                    self._commit(work)
+            # Here, because a Redis restarted by this thread ends with it.
+            self._store.close()
+        except RedisError as error:
+            log.error("Redis is away at the end (%s); the next start reads the headers", error)
+        except Exception as error:
+            log.exception("the committer failed")
+            self.failure = error
+
+    def _commit(self, work: list[Work]) -> None:
+        entries = [each.entry for each in work if isinstance(each, Insert) and each.entry]
+        moved = self._moved()
+        with self._lock:
+            gone = {entry.id: entry for entry in self._store.evictions(entries)}
+            evicted = len(gone)
+            gone |= self._deletions(work)
+            changes = {entry.id: entry for entry in moved} | self._closed(work)
+            changed = [entry for id, entry in changes.items() if id not in gone]
+            self._store.count(entries)
+        self._make_durable(entries, list(gone.values()), changed)
+        with self._lock:
+            self._store.publish(entries, list(gone.values()), changed)
+            hold = self._published(entries, list(gone.values()), changed)
+            committed = dict(self._store.committed)
+        for each in work:
+            if isinstance(each, Insert):
+                acknowledged = each.entry.sequence if each.entry else committed[each.writer]
+                each.future.set_result(
+                    {"acknowledged": acknowledged, "repeated": each.entry is None, "hold": hold}
+                )
+            elif isinstance(each, Delete):
+                each.future.set_result({"deleted": len(gone) - evicted})
+            elif isinstance(each, Change):
+                each.future.set_result({})
+
+    def _moved(self) -> list[Entry]:
+        try:
+            return self._store.moves()
+        except OSError as error:
+            log.error("a mostly empty segment file cannot be rewritten: %s", error)
+            return []
+
+    def _deletions(self, work: list[Work]) -> dict[int, Entry]:
+        ids = [id for each in work if isinstance(each, Delete) for id in each.ids]
+        return {id: self._store.entries[id] for id in ids if id in self._store.entries}
+
+    def _closed(self, work: list[Work]) -> dict[int, Entry]:
+        closed: dict[int, Entry] = {}
+        for each in work:
+            if isinstance(each, Abandon):
+                self._store.release(each.writer)
+                for entry in self._store.abandoned(each.writer):
+                    closed[entry.id] = entry
+                    log.warning(
+                        "writer %s is silent for %g s: episode %s is closed as truncated after %d steps",
+                        *(each.writer, each.seconds, entry.episode),
+                        entry.first_step + entry.steps,
+                    )
+        return closed
+
+    def _make_durable(self, entries: list[Entry], gone: list[Entry], changed: list[Entry]) -> None:
+        while True:
+            try:
+                self._store.commit(entries, gone, changed)
+                return
+            except RedisError as error:
+                if not self._wait_for_redis(error):
+                    raise
+
+    def _wait_for_redis(self, error: Exception) -> bool:
+        """Until Redis answers again and knows everything; False when the service is to end."""
+        log.warning("Redis is away: %s", error)
+        since = time.monotonic()
+        while not self._stop.is_set():
+            waited = time.monotonic() - since
+            self.trouble = f"acknowledgements wait {waited:.0f} s for Redis: {error}"
+            try:
+                if self._redis_again is not None:
+                    redis = self._redis_again()
+                    with self._lock:
+                        self._store.reconnect(redis)
+                    self.trouble = ""
+                    log.warning("Redis is back after %.1f s", time.monotonic() - since)
+                    return True
+            except (RedisError, TwinRLError) as again:
+                error = again
+                log.info("Redis is still away: %s", again)
+            self._stop.wait(RETRY_SECONDS)
+        return False
