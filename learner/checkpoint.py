@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from policies.weights import checksum, to_arrays
+from policies.weights import to_arrays
 from twinrl.core.errors import ResumeError
+from twinrl.weights import checksum
 
-FORMAT = 1
+FORMAT = 2
 KEYS = ("format", "stage", "version", "policy_config", "policy", "policy_hash", "algorithm", "rng")
 
 
@@ -31,7 +32,7 @@ def save_checkpoint(
         "version": version,
         "policy_config": policy_config,
         "policy": policy.state_dict(),
-        "policy_hash": str(checksum(to_arrays(policy))),
+        "policy_hash": f"{checksum(to_arrays(policy)):016x}",
         "algorithm": algorithm or {},
         "rng": torch.get_rng_state(),
     }
@@ -63,5 +64,5 @@ def restore_policy(policy: torch.nn.Module, state: dict[str, Any], path: Path) -
         policy.load_state_dict(state["policy"], strict=True)
     except RuntimeError as error:
         raise ResumeError(f"{path} holds another policy: {error}") from None
-    if str(checksum(to_arrays(policy))) != state["policy_hash"]:
+    if f"{checksum(to_arrays(policy)):016x}" != state["policy_hash"]:
         raise ResumeError(f"{path}: the restored policy's hash differs from the saved one")

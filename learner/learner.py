@@ -18,7 +18,7 @@ from learner.checkpoint import load_checkpoint, restore_policy, save_checkpoint
 from policies.registry import make_policy
 from policies.weights import to_arrays
 from twinrl.core.errors import TwinRLError
-from twinrl.weights import WeightSink, make_weights
+from twinrl.weights import WeightSink
 
 
 class Learner:
@@ -52,6 +52,7 @@ class Learner:
         self._updates = self._batches = 0
         self._losses: dict[str, float] = {}
         self._clock, self._clock_updates, self._clock_batches = time.monotonic(), 0, 0
+        self._publishing = self._clock_publishing = 0.0  # s
         self.reporter = make_reporter("learner", self.stats)
         self.reporter.event("info", f"learner is ready on {threads} threads")
 
@@ -66,12 +67,15 @@ class Learner:
     def republish(self, name: str) -> int:
         """Publish checkpoint `name` again, as a new version; returns that."""
         self.restore(name)
-        return self.publish()
+        self.publish()
+        self._sink.flush()
+        return self.version
 
     def carry_over(self, start: str, name: str) -> dict[str, Any]:
         """Checkpoint `start` becomes checkpoint `name` and is published: a stage of no length."""
         self.restore(start)
         self.publish()
+        self._sink.flush()
         self.save(name)
         return {"version": self.version, "seconds": 0.0}
 
@@ -90,6 +94,7 @@ class Learner:
     def close(self) -> None:
         """Report a last time and close."""
         self.stop()
+        self._sink.close()
         self.reporter.close()
         self.reader.close()
 
@@ -104,6 +109,7 @@ class Learner:
         began = time.monotonic()
         try:
             summary = STAGES[stage](self, **arguments)
+            self._sink.flush()  # what the summary names can be had from now on
         finally:
             self._stage = "idle"
         return {**(summary or {}), "seconds": time.monotonic() - began, "version": self.version}
@@ -133,10 +139,11 @@ class Learner:
             time.sleep(0.1)
 
     def publish(self) -> int:
-        """Hand out the policy's weights as the next version."""
+        """Hand out the policy's weights as the next version: copied here, between two updates, sent in the background."""
+        began = time.monotonic()
+        self._sink.publish(self.version + 1, to_arrays(self.policy))
         self.version += 1
-        arrays = {name: array.copy() for name, array in to_arrays(self.policy).items()}
-        self._sink.publish(make_weights(self.version, arrays))
+        self._publishing += time.monotonic() - began
         return self.version
 
     def save(self, name: str, algorithm: dict[str, Any] | None = None) -> Path:
@@ -174,8 +181,10 @@ class Learner:
             "learner/updates": updates,
             "learner/updates_per_s": (updates - self._clock_updates) / span,
             "learner/batches_per_s": (batches - self._clock_batches) / span,
+            "learner/publish_share": (self._publishing - self._clock_publishing) / span,
             "policy/version": self.version,
         }
+        self._clock_publishing = self._publishing
         self._clock, self._clock_updates, self._clock_batches = now, updates, batches
         if self._stage != "idle":
             data.update({f"loss/{key}": value for key, value in self._losses.items()})

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from policies.registry import make_policy
-from policies.weights import load_arrays
+from policies.weights import WeightsError, load_arrays
 
 
 class PolicyRunner:
@@ -21,10 +21,16 @@ class PolicyRunner:
         self._generator = torch.Generator().manual_seed(seed)
 
     def load(
-        self, version: int, arrays: Mapping[str, np.ndarray], checksum: str | None = None
+        self, version: int, arrays: Mapping[str, np.ndarray], checksum: int | None = None
     ) -> None:
-        """Take over the weights of `version`, all of them or none (WeightsError: the old ones stay)."""
-        load_arrays(self.policy, arrays, checksum)
+        """Take over the weights of `version`, all of them or none (WeightsError: the old ones stay).
+
+        With `checksum` the arrays are compared with it first; without, their source has done so.
+        """
+        try:
+            load_arrays(self.policy, arrays, checksum)
+        except WeightsError as error:
+            raise WeightsError(f"weights of version {version} are not loaded: {error}") from None
         self.version = version
 
     def infer(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import nn
+
+from twinrl.weights import checksum
 
 Arrays = dict[str, np.ndarray]
 
@@ -21,20 +22,10 @@ def to_arrays(module: nn.Module) -> Arrays:
     return {name: tensor.detach().cpu().numpy() for name, tensor in module.state_dict().items()}
 
 
-def checksum(arrays: Mapping[str, np.ndarray]) -> str:
-    """Hex digest over names, dtypes, shapes and bytes, independent of the order of names."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name in sorted(arrays):
-        array = np.asarray(arrays[name])
-        digest.update(f"{name}|{array.dtype.str}|{array.shape}|".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
 def load_arrays(
-    module: nn.Module, arrays: Mapping[str, np.ndarray], expected: str | None = None
+    module: nn.Module, arrays: Mapping[str, np.ndarray], expected: int | None = None
 ) -> None:
-    """Load all of `arrays` or nothing; `expected` is the publisher's checksum.
+    """Load all of `arrays` or nothing; `expected` is the publisher's checksum (twinrl.weights.checksum).
 
     Raises WeightsError for a missing or surplus name, another shape or dtype, or another checksum.
     """
@@ -48,12 +39,14 @@ def load_arrays(
             raise WeightsError(
                 f"{name}: shape {array.shape}, this policy has {tuple(tensor.shape)}"
             )
-        if array.dtype != tensor.numpy().dtype:
-            raise WeightsError(
-                f"{name}: dtype {array.dtype}, this policy has {tensor.numpy().dtype}"
-            )
-    if expected is not None and checksum(arrays) != expected:
-        raise WeightsError(f"checksum {checksum(arrays)}, published {expected}")
+        dtype = torch.empty(0, dtype=tensor.dtype).numpy().dtype
+        if array.dtype != dtype:
+            raise WeightsError(f"{name}: dtype {array.dtype}, this policy has {dtype}")
+    if expected is not None and (found := checksum(arrays)) != expected:
+        raise WeightsError(f"their checksum is {found:016x}, published was {expected:016x}")
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.copy_(torch.from_numpy(np.array(arrays[name])))
+            if tensor.device.type == "cpu":
+                np.copyto(tensor.numpy(), arrays[name])  # torch takes no read-only views
+            else:
+                tensor.copy_(torch.from_numpy(np.array(arrays[name])))

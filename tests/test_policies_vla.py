@@ -8,7 +8,8 @@ from policies.language import tokens
 from policies.normalise import Normaliser
 from policies.registry import make_policy
 from policies.runner import PolicyRunner
-from policies.weights import WeightsError, checksum, load_arrays, to_arrays
+from policies.weights import WeightsError, load_arrays, to_arrays
+from twinrl.weights import checksum
 
 CONFIG = {
     "name": "vla",

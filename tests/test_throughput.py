@@ -13,7 +13,6 @@ from deploy.run_folder import RunFolder
 from policies.registry import make_policy
 from policies.weights import to_arrays
 from twinrl.config import make_config
-from twinrl.weights import make_weights
 
 SECONDS = 60.0
 ACTORS, ENVS, ROUND, MAX_LAG = 2, 1024, 4, 1
@@ -54,9 +53,9 @@ def test_two_thousand_twins_for_a_minute(tmp_path, capsys):
 
 def _stream(job):
     """Consume as a learner would: every segment once, a new version after each round."""
-    sink = RayWeightSink()
+    sink = RayWeightSink(str(job.run.path))
     arrays = {k: v.copy() for k, v in to_arrays(make_policy(job.topology["job"]["policy"])).items()}
-    sink.publish(make_weights(0, arrays))
+    sink.publish(0, arrays)
     collecting = [
         actor.collect.remote(
             start_version=0, steps=10**9, round_chunks=ROUND, max_lag=MAX_LAG, randomisation="none"
@@ -78,7 +77,7 @@ def _stream(job):
             lags.append(version - segment.columns["policy_version"])
         steps += sum(segment.steps for segment in segments)
         version += 1
-        sink.publish(make_weights(version, arrays))
+        sink.publish(version, arrays)
     seconds = time.monotonic() - began
     ray.get([actor.stop.remote() for actor in job.cluster.twins], timeout=30)
     ray.get(collecting, timeout=90)

@@ -1,13 +1,18 @@
-"""Weights on the wire: a version, named arrays and a checksum. A torn or partial set is never loaded."""
+"""Weights on the wire: a version, named arrays and one checksum. A torn or wrong set is never loaded."""
 
 from __future__ import annotations
 
-import zlib
-from typing import NamedTuple, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from twinrl.core.checksum import digest_of
 from twinrl.core.errors import WireError
+
+BLOCK = (
+    8 << 20
+)  # bytes handled at once: large against a call's cost, and still in the cache when read again
 
 
 class Weights(NamedTuple):
@@ -15,12 +20,15 @@ class Weights(NamedTuple):
 
     version: int  # raised by the learner with each publish
     arrays: dict[str, np.ndarray]
-    checksum: int
+    checksum: int  # of `arrays`, see `checksum`
+    verified: bool = (
+        False  # whoever made this has compared the checksum, and nothing can have changed since
+    )
 
     def verify(self) -> None:
         """Raise WireError unless the arrays are the ones that were published."""
-        if checksum(self.arrays) != self.checksum:
-            raise WireError(f"weights of version {self.version} arrived damaged")
+        if not self.verified:
+            compare(self.version, checksum(self.arrays), self.checksum)
 
 
 class WeightSource(Protocol):
@@ -39,21 +47,48 @@ class WeightSource(Protocol):
 class WeightSink(Protocol):
     """Where the learner publishes weights."""
 
-    def publish(self, weights: Weights) -> None:
-        """Hand out `weights`; their arrays must not change afterwards."""
+    def publish(self, version: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take a copy of `arrays`, which may change as soon as this returns, and hand it out in the background.
+
+        Raises TwinRLError when an earlier version could not be handed out.
+        """
+
+    def flush(self, timeout: float = 60.0) -> None:
+        """Return when everything published is handed out, or raise why it could not be."""
 
     def newest(self) -> int:
-        """The newest version that was handed out, -1 for none: a restarted learner counts on from it."""
+        """The newest version that was ever handed out, -1 for none: a restarted learner counts on from it."""
+
+    def close(self) -> None:
+        """Hand out what was published and end."""
 
 
-def checksum(arrays: dict[str, np.ndarray]) -> int:
-    """CRC-32 over names, dtypes, shapes and bytes, in order of names."""
-    value = 0
-    for name in sorted(arrays):
-        array = np.ascontiguousarray(arrays[name])
-        value = zlib.crc32(f"{name}{array.dtype.str}{array.shape}".encode(), value)
-        value = zlib.crc32(array.reshape(-1).view(np.uint8), value) if array.size else value
-    return value
+def checksum(arrays: Mapping[str, np.ndarray]) -> int:
+    """XXH3-64 over `name|dtype|shape|` (UTF-8) and the bytes of each array, in order of names."""
+    return digest_of(part for name in sorted(arrays) for part in parts(name, arrays[name]))
+
+
+def label(name: str, form: str, shape: Iterable[int]) -> bytes:
+    """What the checksum covers before an array's bytes; `form` is its dtype or more."""
+    return f"{name}|{form}|{tuple(shape)}|".encode()
+
+
+def parts(name: str, array: np.ndarray, form: str = "") -> Iterable[Any]:
+    """What the checksum covers of an array, in blocks."""
+    array = np.asarray(array)
+    yield label(name, form or array.dtype.str, array.shape)
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    for start in range(0, flat.size, BLOCK):
+        yield flat[start : start + BLOCK]
+
+
+def compare(version: int, found: int, published: int) -> None:
+    """Raise WireError, which names the version, unless the checksums are one."""
+    if found != published:
+        raise WireError(
+            f"weights of version {version} arrived damaged: "
+            f"their checksum is {found:016x}, published was {published:016x}"
+        )
 
 
 def make_weights(version: int, arrays: dict[str, np.ndarray]) -> Weights:
