@@ -11,14 +11,12 @@ multiple of 64, so records that follow each other in a file stay aligned.
 
 from __future__ import annotations
 
-import math
 import struct
 import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import msgpack
-import numpy as np
 
 from twinrl.core import wire
 from twinrl.core.checksum import digest
@@ -30,6 +28,7 @@ ALIGNMENT = 64
 MAGIC = b"TWRLREC2"
 _PREFIX = struct.Struct("<8sQQdQQ")
 PREFIX_BYTES = _PREFIX.size
+MAX_HEAD_BYTES = 1 << 20  # its msgpack may need 64 times that in memory
 
 
 class Prefix(NamedTuple):
@@ -46,29 +45,23 @@ def encode(header: dict[str, Any], columns: wire.Arrays) -> tuple[list[Any], int
     """Buffers to be written one after the other, and their total length; columns are not copied."""
     specs, buffers, contents, offset = [], [], [], 0
     for name, column in columns.items():
-        codec, raw = _bytes(name, column)
-        specs.append([name, column.dtype.str, list(column.shape), offset, len(raw), codec])
+        (*described, codec), raw = wire.describe(name, column)
+        if not isinstance(column, Encoded):
+            described, codec = [*described, codec], ""
+        specs.append([*described, offset, len(raw), codec])
         if len(raw):
             contents.append(raw)
             buffers += [raw, _padding(len(raw))]
             offset += _aligned(len(raw))
     head = msgpack.packb([header, specs])
+    if len(head) > MAX_HEAD_BYTES:
+        raise WireError(f"a segment's header takes {len(head)} bytes, allowed {MAX_HEAD_BYTES}")
     start = _aligned(PREFIX_BYTES + len(head))
     prefix = _PREFIX.pack(
         *(MAGIC, start + offset, len(head), time.time(), digest(head), digest(*contents))
     )
     lead = prefix + head + _padding(PREFIX_BYTES + len(head))
     return [lead, *(each for each in buffers if len(each))], start + offset
-
-
-def _bytes(name: str, column: Any) -> tuple[str, Any]:
-    if isinstance(column, Encoded):
-        return column.codec, memoryview(column.data)
-    if column.dtype.kind not in wire.ALLOWED_KINDS:
-        raise WireError(f"column {name!r} has dtype {column.dtype}, which cannot be stored")
-    if not column.size:
-        return "", b""
-    return "", memoryview(np.ascontiguousarray(column).reshape(-1).view(np.uint8))
 
 
 def prefix(buffer: Any, offset: int = 0) -> Prefix | None:
@@ -95,7 +88,7 @@ def intact(buffer: Any, offset: int = 0, columns: bool = True) -> bool:
     if not columns:
         return True
     try:
-        raws = [raw for *_, raw in _columns(buffer, offset, found)[1]]
+        raws = [raw for _, raw in _columns(buffer, offset, found)[1]]
     except WireError:
         return False
     return digest(*raws) == found.columns_digest
@@ -112,16 +105,7 @@ def decode(buffer: Any, offset: int = 0, verify: bool = False) -> Segment:
     if verify and not intact(buffer, offset):
         raise WireError(f"the record at byte {offset} is damaged: its checksum does not fit")
     header, places = _columns(buffer, offset, found)
-    columns: dict[str, Any] = {}
-    for name, dtype, shape, codec, raw in places:
-        if codec:
-            data = np.frombuffer(raw, np.uint8)
-            data.flags.writeable = False
-            columns[name] = Encoded(codec, dtype, shape, data)
-        else:
-            column = np.frombuffer(raw, dtype).reshape(shape)
-            column.flags.writeable = False
-            columns[name] = column
+    columns = dict(wire.restore(spec, raw) for spec, raw in places)
     return Segment(header, columns)
 
 
@@ -133,32 +117,34 @@ def header(buffer: Any, offset: int = 0) -> dict[str, Any]:
     return _head(buffer, offset, found)[0]
 
 
-def _columns(buffer: Any, offset: int, found: Prefix) -> tuple[dict[str, Any], list[tuple]]:
+def _columns(
+    buffer: Any, offset: int, found: Prefix
+) -> tuple[dict[str, Any], list[tuple[list[Any], memoryview]]]:
     header, specs = _head(buffer, offset, found)
     return header, list(_places(buffer, offset, found, specs))
 
 
 def _places(
     buffer: Any, offset: int, found: Prefix, specs: list
-) -> Iterator[tuple[str, np.dtype, tuple, str, memoryview]]:
+) -> Iterator[tuple[list[Any], memoryview]]:
+    """Each column as `wire` describes it, and its bytes."""
     view = memoryview(buffer)
     base, end = offset + _aligned(PREFIX_BYTES + found.head_length), offset + found.length
     for spec in specs:
-        try:
-            name, dtype_name, shape, place, nbytes, codec = spec
-            dtype, shape = np.dtype(dtype_name), tuple(int(n) for n in shape)
-            counts = nbytes == math.prod(shape) * dtype.itemsize or bool(codec)
-        except (TypeError, ValueError) as error:
-            raise WireError(f"a record's column {spec!r} cannot be read: {error}") from None
-        if dtype.kind not in wire.ALLOWED_KINDS or not counts or min(shape, default=0) < 0:
-            raise WireError(f"a record's column {spec!r} is not allowed")
-        if place < 0 or nbytes < 0 or base + place + nbytes > end:
-            raise WireError(f"a record's column {name!r} reaches beyond the record")
-        yield name, dtype, shape, codec, view[base + place : base + place + nbytes]
+        if not isinstance(spec, list) or len(spec) != 6:
+            raise WireError(f"a record's column {spec!r:.200} is not allowed")
+        *described, place, nbytes, codec = spec
+        if not type(place) is type(nbytes) is int or place < 0 or nbytes < 0:
+            raise WireError(f"a record's column {spec!r:.200} is not allowed")
+        if base + place + nbytes > end:
+            raise WireError(f"a record's column {spec[0]!r:.200} reaches beyond the record")
+        yield [*described, codec] if codec else described, view[base + place :][:nbytes]
 
 
 def _head(buffer: Any, offset: int, found: Prefix) -> tuple[dict[str, Any], list]:
     start = offset + PREFIX_BYTES
+    if found.head_length > MAX_HEAD_BYTES:
+        raise WireError(f"a record's head has {found.head_length} bytes, allowed {MAX_HEAD_BYTES}")
     try:
         header, specs = msgpack.unpackb(
             bytes(memoryview(buffer)[start : start + found.head_length]), strict_map_key=False
