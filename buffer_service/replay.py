@@ -480,7 +480,7 @@ class Service:
 
 
 def _writer(args: dict[str, Any]) -> str:
-    return arguments.text(args, "writer")
+    return arguments.text(args, "writer", shortest=1)
 
 
 def _session(args: dict[str, Any]) -> str | None:
