@@ -1,7 +1,7 @@
 """Camera frames on the link: JPEG by default, raw by choice. What is stored is what the policy saw.
 
-A frame is encoded once, on the robot's PC. The live observation and the segment carry the same bytes and the
-gateway decodes both, so the policy's frame and the stored one are equal bit for bit.
+A frame is encoded once, on the robot's PC. The live observation and the segment carry the same bytes; the
+gateway decodes the former for the policy, and readers of the replay the latter, so both see the same bits.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from typing import Any, Dict, Sequence
 
 import numpy as np
 
+from twinrl.core.codec import CODECS as COLUMN_CODECS
+from twinrl.core.codec import Encoded
+from twinrl.core.codec_rows import Rows, join
 from twinrl.core.errors import ConfigError, WireError
 from twinrl.core.segment import IMAGE_PREFIX
+from twinrl.core.wire import Arrays
 
 CODECS = ("jpeg", "raw")
-QUALITY = 95
-_BYTES, _SIZES = "bytes/", "sizes/"
+JPEG = "jpeg95"  # what "jpeg" means in a column
 
 Frames = Dict[str, Any]  # camera key: JPEG bytes, or the raw image
 
@@ -26,8 +29,8 @@ def check_codec(codec: str) -> str:
         raise ConfigError(f"codec {codec!r} is none of {', '.join(CODECS)}")
     if codec == "jpeg":
         try:
-            import simplejpeg  # noqa: F401
-        except ImportError:
+            COLUMN_CODECS[JPEG].load()
+        except ConfigError:
             raise ConfigError(
                 "JPEG needs simplejpeg: pip install simplejpeg, or attach with --codec raw"
             ) from None
@@ -39,61 +42,62 @@ def encode(observation: dict[str, np.ndarray], codec: str) -> Frames:
     images = {key: value for key, value in observation.items() if key.startswith(IMAGE_PREFIX)}
     if codec == "raw":
         return {key: np.array(image, np.uint8) for key, image in images.items()}
-    import simplejpeg
-
-    return {
-        key: simplejpeg.encode_jpeg(
-            np.ascontiguousarray(image), quality=QUALITY, colorspace="RGB", colorsubsampling="444"
-        )
-        for key, image in images.items()
-    }
+    jpeg = COLUMN_CODECS[JPEG]
+    return {key: jpeg.encode_row(np.ascontiguousarray(image)) for key, image in images.items()}
 
 
-def pack(frames: Sequence[Frames], codec: str) -> dict[str, np.ndarray]:
-    """Arrays for the wire from the frames of F observations."""
-    arrays: dict[str, np.ndarray] = {}
+def pack(frames: Sequence[Frames], codec: str) -> Arrays:
+    """Columns for the wire from the frames of F observations."""
+    columns: Arrays = {}
     for key in frames[0]:
         column = [each[key] for each in frames]
         if codec == "raw":
-            arrays[key] = np.stack(column)
+            columns[key] = np.stack(column)
         else:
-            arrays[_BYTES + key] = np.frombuffer(b"".join(column), np.uint8)
-            arrays[_SIZES + key] = np.array([len(each) for each in column], "<i4")
-    return arrays
+            size = COLUMN_CODECS[JPEG].size(column[0])
+            columns[key] = Encoded(JPEG, "|u1", (len(column), *size, 3), join(column))
+    return columns
 
 
-def unpack(arrays: dict[str, np.ndarray], codec: str, image_size: int) -> dict[str, np.ndarray]:
-    """Inverse of `pack`: {camera key: (F, H, W, 3) uint8}; other arrays are passed on. Checks every length."""
-    if codec == "raw":
-        return dict(arrays)
-    if codec != "jpeg":
+def check(columns: Arrays, codec: str, image_size: int) -> dict[str, np.ndarray]:
+    """What `pack` made, with every image decoded to (F, H, W, 3) uint8; other arrays are passed on.
+
+    WireError unless images are in `codec`, of the job's size, and whole.
+    """
+    if codec not in CODECS:
         raise WireError(f"frames in codec {codec!r}, not one of {', '.join(CODECS)}")
-    plain = {k: v for k, v in arrays.items() if not k.startswith((_BYTES, _SIZES))}
-    for key in [k[len(_BYTES) :] for k in arrays if k.startswith(_BYTES)]:
-        data, sizes = arrays[_BYTES + key], arrays.get(_SIZES + key)
-        if sizes is None or sizes.ndim != 1 or sizes.dtype.kind != "i" or data.dtype != np.uint8:
-            raise WireError(f"{key!r}: JPEG frames without their sizes")
-        if (sizes < 1).any() or int(sizes.sum()) != data.size or data.ndim != 1:
-            raise WireError(f"{key!r}: {data.size} bytes for frames of {int(sizes.sum())}")
-        ends = np.cumsum(sizes)
-        plain[key] = np.stack(
-            [_decode(data[end - size : end], key, image_size) for size, end in zip(sizes, ends)]
-        )
+    plain = {}
+    for key, column in columns.items():
+        if isinstance(column, Encoded):
+            if codec != "jpeg" or column.codec != JPEG or not key.startswith(IMAGE_PREFIX):
+                raise WireError(f"{key!r} is in codec {column.codec!r}, should be {codec!r}")
+            height, width = column.shape[1:3]
+            if (height, width) != (image_size, image_size):
+                raise WireError(f"{key!r}: frames of {height} x {width}, job's {image_size}")
+            try:
+                column = column.decode()
+            except WireError as error:
+                raise WireError(f"{key!r}: {error}") from None
+        elif codec == "jpeg" and key.startswith(IMAGE_PREFIX):
+            raise WireError(f"{key!r} is raw, should be in codec 'jpeg'")
+        plain[key] = column
     return plain
 
 
-def split(packed: dict[str, np.ndarray], codec: str) -> Frames:
-    """The frames of a single observation out of `pack`'s arrays, still encoded."""
-    if codec == "raw":
-        return {k: v[0] for k, v in packed.items() if k.startswith(IMAGE_PREFIX)}
-    return {k[len(_BYTES) :]: v.tobytes() for k, v in packed.items() if k.startswith(_BYTES)}
+def split(columns: Arrays) -> Frames:
+    """The frames of a single observation out of `pack`'s columns, still encoded."""
+    return {
+        key: bytes(Rows(column.data, 1)[0]) if isinstance(column, Encoded) else column[0]
+        for key, column in columns.items()
+        if key.startswith(IMAGE_PREFIX)
+    }
 
 
 def thumbnails(frames: Frames) -> dict[str, np.ndarray]:
     """{camera: JPEG bytes as uint8} of `split`'s frames, for a page; none without an encoder."""
     try:
-        import simplejpeg  # noqa: F401
-    except ImportError:
+        check_codec("jpeg")
+    except ConfigError:
         return {}
     names: list[str] = sorted(frames)
     encoded = {}
@@ -103,15 +107,3 @@ def thumbnails(frames: Frames) -> dict[str, np.ndarray]:
             frame = encode({key: frame}, "jpeg")[key]
         encoded[key[len(IMAGE_PREFIX) :]] = np.frombuffer(frame, np.uint8)
     return encoded
-
-
-def _decode(data: np.ndarray, key: str, image_size: int) -> np.ndarray:
-    import simplejpeg
-
-    try:
-        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-        if (height, width) != (image_size, image_size):
-            raise WireError(f"{key!r}: a frame of {height} x {width}, job's {image_size}")
-        return simplejpeg.decode_jpeg(data, colorspace="RGB")
-    except ValueError as error:
-        raise error if isinstance(error, WireError) else WireError(f"{key!r}: {error}") from None

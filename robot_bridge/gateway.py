@@ -23,11 +23,13 @@ from robot_bridge.episodes import Episodes
 from robot_bridge.leases import Leases, Robot
 from robot_bridge.protocol import Features, Job
 from robot_bridge.relay import Relay
+from robot_bridge.weights_relay import WeightsRelay
 from twinrl.core.errors import Rejected, ResumeError, WireError
 from twinrl.core.keys import Keys, allowed_publics
 from twinrl.core.metrics import Reporter
 from twinrl.core.segment import IMAGE_PREFIX, Schema
 from twinrl.core.sockets import Answer, Request, Server
+from twinrl.weights_slots import slots_folder
 
 log = logging.getLogger(__name__)
 TICK = 0.05  # s
@@ -60,6 +62,7 @@ class Gateway:
         self._saved, self._save_due = "", 0.0
         cluster = Keys.load(folder / "cluster.key")
         self._relay = Relay(replay_address, cluster, job.schema)
+        self._weights = WeightsRelay(slots_folder(run_dir))
         allowed = {
             k: role for role in ("robot", "cluster") for k in allowed_publics(folder, [role])
         }
@@ -76,6 +79,9 @@ class Gateway:
             *(self.robots, self.camera, self.command, self.pause, self.resume, self.run_state),
         ):
             self._bind("cluster", method)
+        for method in (self._weights.offer, self._weights.chunk):  # for holders of any key
+            name = f"weights_{method.__name__}"
+            self._server.bind(name, lambda request, method=method: method(request.args))
         self._reporter = None
         if metrics_address:
             self._reporter = Reporter(metrics_address, cluster, "gateway", "gateway", self.stats)
@@ -95,6 +101,7 @@ class Gateway:
             self._ticker.join(2)
         self._server.close()
         self._relay.close()
+        self._weights.close()
         with self._lock:
             self._save()
         if self._reporter is not None:
@@ -111,6 +118,7 @@ class Gateway:
                 "late_chunks": self._desk.late,
                 "paused": self._paused,
                 **self._relay.stats(),
+                **self._weights.stats(),
                 **self._server.stats(),
             }
             data: dict[str, Any] = {f"gateway/{k}": float(v) for k, v in counts.items()}
@@ -163,9 +171,9 @@ class Gateway:
     def observe(self, request: Request) -> Future:
         """What an arm sees, for the next chunk."""
         robot, args = self._leases.find(request.args), request.args
-        images = frames.unpack(request.arrays, args["codec"], self.job.schema.image_size)
+        images = frames.check(request.arrays, args["codec"], self.job.schema.image_size)
         single = {k: v[0] if k.startswith(IMAGE_PREFIX) else v for k, v in images.items()}
-        robot.frames, robot.frames_time = frames.split(request.arrays, args["codec"]), time.time()
+        robot.frames, robot.frames_time = frames.split(request.arrays), time.time()
         header = {
             "robot": robot.name,
             "episode": str(args["episode"]),
@@ -342,6 +350,7 @@ class Gateway:
             self._desk.tick()
             self._episodes.tick()
             self._relay.tick()
+            self._weights.tick()
             if time.monotonic() > self._save_due:
                 self._save_due = time.monotonic() + 1.0
                 self._save()

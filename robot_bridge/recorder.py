@@ -8,6 +8,7 @@ import numpy as np
 
 from robot_bridge import frames
 from robot_bridge.spool import Entry
+from twinrl.core.wire import Arrays
 
 MAX_STEPS = 64  # of one segment
 STATE = "observation.state"
@@ -113,7 +114,7 @@ class Recorder:
     def _entry(self, low: int, high: int) -> Entry:
         steps, outcomes = self._steps[low:high], self._outcomes[low:high]
         seen = self._seen[low : high + 1]
-        columns: dict[str, np.ndarray] = {
+        columns: Arrays = {
             "action": np.array([s.action for s in steps], "<f4"),
             "policy_action": np.array([s.policy_action for s in steps], "<f4"),
             "reward": np.array([o.reward for o in outcomes], "<f4"),

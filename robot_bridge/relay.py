@@ -6,19 +6,18 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
-
 from robot_bridge import frames
 from twinrl.core.errors import DeadlineError
 from twinrl.core.keys import Keys
 from twinrl.core.segment import Schema, Segment, check
 from twinrl.core.sockets import Client
+from twinrl.core.wire import Arrays
 
 SECONDS = 25.0  # for the service's acknowledgement; then the robot sends again
 
 
 class Relay:
-    """A thread of its own turns frames into their stored form: no observation waits behind a segment."""
+    """A thread of its own looks through the frames, which are stored as they came: no observation waits behind it."""
 
     def __init__(self, address: str, keys: Keys, schema: Schema) -> None:
         self._client = Client("the replay service", address, keys)
@@ -29,7 +28,7 @@ class Relay:
         ] = {}  # the service's: (the robot's, deadline)
         self.relayed = self.failed = 0
 
-    def send(self, header: dict[str, Any], codec: Any, arrays: dict[str, np.ndarray]) -> Future:
+    def send(self, header: dict[str, Any], codec: Any, arrays: Arrays) -> Future:
         """The Future gives the service's answer, or its refusal."""
         answer: Future = Future()
         self._decoder.submit(self._send, answer, header, codec, arrays)
@@ -59,11 +58,11 @@ class Relay:
         self._decoder.shutdown(wait=True)
         self._client.close()
 
-    def _send(self, answer: Future, header: Any, codec: Any, arrays: dict[str, np.ndarray]) -> None:
+    def _send(self, answer: Future, header: Any, codec: Any, arrays: Arrays) -> None:
         try:
-            columns = frames.unpack(arrays, codec, self._schema.image_size)
-            check(Segment(header, columns), self._schema)
-            theirs = self._client.submit("insert", {"header": header}, columns)
+            frames.check(arrays, codec, self._schema.image_size)
+            check(Segment(header, arrays), self._schema)
+            theirs = self._client.submit("insert", {"header": header}, arrays)
         except Exception as error:
             self.failed += 1
             answer.set_exception(error)

@@ -14,6 +14,8 @@ from robot_bridge.protocol import make_job
 from robot_bridge.recorder import Plan, Recorder, Seen, Step
 from robot_bridge.spool import Spool
 from robot_bridge.starts import Starts
+from twinrl.core.codec import Encoded
+from twinrl.core.codec_rows import Rows
 from twinrl.core.errors import ConfigError, WireError
 from twinrl.core.segment import Schema, Segment, check
 
@@ -166,40 +168,55 @@ def test_spool_damage_and_bounds(tmp_path):
     spool.close()
 
 
+SIDE = "observation.images.side"
+
+
 @pytest.mark.parametrize("codec", frames.CODECS)
 def test_frames_round_trip(codec):
-    """Live and stored frames decode to the same bytes."""
+    """Live and stored frames decode to the same bits, and are the same bytes."""
     rng = np.random.default_rng(0)
-    observed = [
-        {"observation.images.side": rng.integers(0, 255, (8, 8, 3), np.uint8)} for _ in range(5)
-    ]
+    observed = [{SIDE: rng.integers(0, 255, (8, 8, 3), np.uint8)} for _ in range(5)]
     encoded = [frames.encode(each, codec) for each in observed]
-    stored = frames.unpack(frames.pack(encoded, codec), codec, 8)["observation.images.side"]
-    assert stored.shape == (5, 8, 8, 3)
+    packed = frames.pack(encoded, codec)
+    stored = frames.check(packed, codec, 8)[SIDE]
+    assert stored.shape == packed[SIDE].shape == (5, 8, 8, 3)
     for i, one in enumerate(encoded):
-        live = frames.unpack(frames.pack([one], codec), codec, 8)["observation.images.side"]
+        single = frames.pack([one], codec)
+        live = frames.check(single, codec, 8)[SIDE]
         np.testing.assert_array_equal(live[0], stored[i])
+        kept = frames.split(single)[SIDE]
         if codec == "raw":
-            np.testing.assert_array_equal(live[0], observed[i]["observation.images.side"])
+            np.testing.assert_array_equal(live[0], observed[i][SIDE])
+            np.testing.assert_array_equal(kept, observed[i][SIDE])
+        else:
+            assert kept == one[SIDE] == bytes(Rows(packed[SIDE].data, 5)[i])
+            np.testing.assert_array_equal(packed[SIDE].rows([i])[0], stored[i])
 
 
 def test_hostile_frames_are_refused():
-    """Lengths, sizes and contents are checked before use."""
-    image = {"observation.images.side": np.zeros((8, 8, 3), np.uint8)}
-    good = frames.pack([frames.encode(image, "jpeg")], "jpeg")
-    data, sizes = "bytes/observation.images.side", "sizes/observation.images.side"
+    """Codecs, sizes and contents are checked before they are stored."""
+    image = np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+    good = frames.pack([frames.encode({SIDE: image}, "jpeg")], "jpeg")
+    data = good[SIDE].data
     for change in (
-        {sizes: good[sizes] + 1},
-        {sizes: np.array([-1], np.int32)},
-        {sizes: good[sizes].astype(np.float32)},
-        {data: np.zeros_like(good[data])},
+        Encoded("jpeg95", "|u1", (2, 8, 8, 3), data),
+        Encoded("jpeg95", "|u1", (1, 8, 8, 3), data[:-9]),
+        Encoded("jpeg95", "|u1", (1, 8, 8, 3), np.zeros_like(data)),
+        Encoded("jpeg80", "|u1", (1, 8, 8, 3), data),
+        Encoded("zstd", "|u1", (1, 8, 8, 3), data),
+        image[None],
     ):
-        with pytest.raises(WireError):
-            frames.unpack({**good, **change}, "jpeg", 8)
+        with pytest.raises(WireError, match="side"):
+            frames.check({SIDE: change}, "jpeg", 8)
+    with pytest.raises(WireError, match="action"):
+        frames.check({"action": good[SIDE]}, "jpeg", 8)
+    with pytest.raises(WireError, match="should be 'raw'"):
+        frames.check(good, "raw", 8)
     with pytest.raises(WireError, match="8 x 8, job's 16"):
-        frames.unpack(good, "jpeg", 16)
+        frames.check(good, "jpeg", 16)
     with pytest.raises(WireError, match="codec"):
-        frames.unpack(good, "png", 8)
+        frames.check(good, "png", 8)
+    assert frames.check(good, "jpeg", 8)[SIDE].shape == (1, 8, 8, 3)
 
 
 def test_scripted_operator_steps_in_when_needed():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Sequence
+from typing import Sequence, Tuple
 
 import numpy as np
 
@@ -36,28 +36,31 @@ class Jpeg(Codec):
             image, quality=self.quality, colorspace="RGB", colorsubsampling="444"
         )
 
+    def size(self, picture: bytes) -> Tuple[int, int]:
+        """Height and width of an encoded picture."""
+        try:
+            height, width = self.load().decode_jpeg_header(picture)[:2]
+        except ValueError as error:
+            raise WireError(f"a row is no JPEG picture: {error}") from None
+        return height, width
+
     def encode(self, array: np.ndarray) -> bytes:
         """The table of pictures and the pictures."""
         return join([self.encode_row(image) for image in array])
 
     def decode_row(self, data: memoryview, out: np.ndarray) -> None:
         """One picture into `out` (H, W, 3)."""
-        jpeg = self.load()
         # A scan costs time for the whole picture, however few bytes it has: ours have exactly one.
         picture = bytes(data)
         if picture.count(_START_OF_SCAN) != 1:
             raise WireError("a row is no JPEG picture of one scan")
+        size = self.size(picture)
+        if size != out.shape[:2]:
+            raise WireError(f"a picture of {size[0]} x {size[1]} in rows of {out.shape}")
         try:
-            size = jpeg.decode_jpeg_header(picture)[:2]
-            if size != out.shape[:2]:
-                raise WireError(f"a picture of {size[0]} x {size[1]} in rows of {out.shape}")
-            jpeg.decode_jpeg(picture, colorspace="RGB", buffer=out)
+            self.load().decode_jpeg(picture, colorspace="RGB", buffer=out)
         except ValueError as error:
-            raise (
-                error
-                if isinstance(error, WireError)
-                else WireError(f"a row is no JPEG picture: {error}")
-            ) from None
+            raise WireError(f"a row is no JPEG picture: {error}") from None
 
     def decode_rows(
         self,
