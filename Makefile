@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 TORCH  ?= auto
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test long lint format bench clean
+.PHONY: setup demo test long lint format bench peers clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -35,6 +35,9 @@ format: setup  ## format and fix what can be fixed
 
 bench: setup  ## quick forms of all benchmarks
 	@for f in benchmarks/[a-z]*.py; do $(BIN)/python -m benchmarks.$$(basename $$f .py) --quick || exit 1; done
+
+peers: setup  ## environments of the systems that benchmarks.replay compares with (1.4 GB)
+	@PROJECT_PYTHON="$(abspath $(BIN))/python" sh benchmarks/peers/build.sh
 
 clean:  ## remove what was built; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
