@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -12,9 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from buffer_service.client import Reader, Writer
+from twinrl.core.errors import TwinRLError
 from twinrl.core.keys import Keys
 from twinrl.core.segment import IMAGE_PREFIX, Schema
-from twinrl.core.sockets import wait_until
+from twinrl.core.sockets import Client, wait_until
 
 SCHEMA = Schema(state_dim=3, privileged_dim=2, cameras=("front", "wrist"), image_size=8, chunk=4)
 
@@ -121,6 +124,48 @@ class ServiceProcess:
         """End it in order; returns the exit status."""
         self.process.terminate()
         return self.process.wait(30)
+
+
+class Bench:
+    """A service with its writers and readers, all closed at the end."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.closing: list[Any] = []
+
+    def start(self, **options: Any) -> ServiceProcess:
+        """Start the service; `options` as for `ServiceProcess`."""
+        self.service = ServiceProcess(self.run_dir, **options)
+        return self.service
+
+    def writer(self, name: str = "w", **options: Any) -> Writer:
+        """A writer, closed at the end whatever it still holds."""
+        options = {"schema": SCHEMA, "deadline": 15.0} | options
+        writer = Writer(self.service.address, self.service.keys(), name, **options)
+        self.closing.append(lambda: writer.close(0.0) if not writer._stop else None)
+        return writer
+
+    def reader(self, **options: Any) -> Reader:
+        """A reader, closed at the end."""
+        reader = Reader(self.service.address, self.service.keys(), **{"deadline": 15.0, **options})
+        self.closing.append(reader.close)
+        return reader
+
+    def client(self) -> Client:
+        """A bare connection, closed at the end."""
+        client = Client("replay", self.service.address, self.service.keys(), timeout=10)
+        self.closing.append(client.close)
+        return client
+
+    def close(self) -> None:
+        """Close all and stop the service if it still runs."""
+        for close in self.closing[::-1]:
+            with contextlib.suppress(TwinRLError):  # a test leaves things unacknowledged on purpose
+                close()
+        if self.service.process.poll() is None:
+            self.service.stop()
+        if self.service.process.stdout is not None:
+            self.service.process.stdout.close()
 
 
 def runs(pid: int) -> bool:

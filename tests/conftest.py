@@ -15,3 +15,13 @@ def keys(tmp_path):
     """{role: Keys} of a fresh run folder `tmp_path`."""
     create_keys(tmp_path / "keys")
     return {role: Keys.load(tmp_path / "keys" / f"{role}.key") for role in ROLES}
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """A replay service to be started, with its writers and readers."""
+    from buffer_service.testing import Bench
+
+    bench = Bench(tmp_path / "run")
+    yield bench
+    bench.close()

@@ -3,13 +3,12 @@
 import contextlib
 import os
 import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from buffer_service import embedded_redis
-from buffer_service.client import Cursor, Reader, Writer
+from buffer_service.client import Cursor, Writer
 from buffer_service.embedded_redis import EmbeddedRedis
 from buffer_service.files import path_of
 from buffer_service.store import FileStore
@@ -21,45 +20,6 @@ from twinrl.core.sockets import Client, wait_until
 
 pytestmark = pytest.mark.timeout(40)
 STEPS = 8
-
-
-class Bench:
-    """A service with its writers and readers, all closed at the end."""
-
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir, self.closing = run_dir, []
-
-    def start(self, **options) -> ServiceProcess:
-        self.service = ServiceProcess(self.run_dir, **options)
-        return self.service
-
-    def writer(self, name: str = "w", **options) -> Writer:
-        options = {"schema": SCHEMA, "deadline": 15.0} | options
-        writer = Writer(self.service.address, self.service.keys(), name, **options)
-        self.closing.append(lambda: writer.close(0.0) if not writer._stop else None)
-        return writer
-
-    def reader(self, **options) -> Reader:
-        reader = Reader(self.service.address, self.service.keys(), **{"deadline": 15.0, **options})
-        self.closing.append(reader.close)
-        return reader
-
-    def client(self) -> Client:
-        client = Client("replay", self.service.address, self.service.keys(), timeout=10)
-        self.closing.append(client.close)
-        return client
-
-
-@pytest.fixture
-def bench(tmp_path):
-    bench = Bench(tmp_path / "run")
-    yield bench
-    for close in bench.closing[::-1]:
-        with contextlib.suppress(TwinRLError):  # a test leaves things unacknowledged on purpose
-            close()
-    if bench.service.process.poll() is None:
-        bench.service.stop()
-    bench.service.process.stdout.close()
 
 
 def numbers(segments) -> list[int]:
@@ -155,7 +115,7 @@ def test_a_restarted_writer_goes_on_numbering_and_ends_its_predecessor(bench):
 @pytest.mark.parametrize("victim", ["service", "redis", "both"])
 def test_every_segment_arrives_once_and_in_order_whoever_is_killed(bench, victim):
     service = bench.start()
-    writers = [bench.writer(f"w{n}", window=8) for n in range(2)]
+    writers = [bench.writer(f"w{n}", window=8, direct=n == 0) for n in range(2)]
     reader = bench.reader()
     count, failures = 150, []
 
