@@ -35,6 +35,8 @@ class Chosen(NamedTuple):
     row: np.ndarray  # (B,) of the segments in `places`
     second_row: np.ndarray  # (B,) of those the windows go on in; `row` where there is none
     weight: np.ndarray  # (B,) float32, importance weights; 1 where a part has none
+    rows: np.ndarray  # every row among these, once
+    ids: np.ndarray  # their segments
 
 
 class Index:
@@ -51,6 +53,7 @@ class Index:
         self._row: dict[int, int] = {}
         self._free = list(range(rows))[::-1]
         self._id = np.zeros(rows, np.int64)
+        self.file = np.zeros(rows, np.int64)  # by row, like what follows
         self._steps = np.zeros(rows, np.int64)
         self._end = np.zeros(rows, np.int8)
         self._source = np.zeros(rows, np.int64)
@@ -80,7 +83,7 @@ class Index:
         self.count[entry.source] += 1
         self.files[entry.file] += 1
         row = self._row[entry.id]
-        self._end[row] = entry.end
+        self._end[row], self.file[row] = entry.end, entry.file
         self._join_episode(entry, row)
 
     def remove(self, id: int) -> None:
@@ -132,7 +135,7 @@ class Index:
 
     def _grow(self) -> None:
         size = len(self._id)
-        for name in ("_id", "_steps", "_end", "_source", "_next"):
+        for name in ("_id", "file", "_steps", "_end", "_source", "_next"):
             array = getattr(self, name)
             setattr(self, name, np.concatenate([array, np.zeros_like(array)]))
         self._frames.grow(2 * size)
@@ -215,7 +218,8 @@ class Index:
                 table.remove(entry.id)
                 return
         starts = window_starts(entry, self._following(entry), chunk)
-        table.put(entry.id, entry.steps, starts, self.priority.get(entry.id))
+        row = self._row[entry.id]
+        table.put(entry.id, row, entry.steps, starts, self.priority.get(entry.id))
 
     def table(self, draw: Draw, chunk: int) -> Table:
         """The table that `draw` draws from; made when it is asked for first."""
@@ -233,24 +237,23 @@ class Index:
         """`count` windows by `parts`, of which one at least must have some."""
         tables = [self.table(part, chunk) for part in parts]
         counts = split(count, [p.share for p in parts], [t.windows for t in tables], generator)
-        ids, starts, weights = [], [], []
+        rows, starts, weights = [], [], []
         for part, table, number in zip(parts, tables, counts, strict=True):
             if not number:
                 continue
             drawn = table.draw(number, generator, part.newest)
-            ids.append(drawn.id)
+            rows.append(drawn.row)
             starts.append(drawn.start)
             weight = np.ones(number)
             if part.by == "priority":
                 weight = (drawn.windows * drawn.probability) ** -part.importance
                 weight /= weight.max()
             weights.append(weight.astype(np.float32))
-        id = np.concatenate(ids)
-        row = np.array([self._row[each] for each in id.tolist()], np.int64)
-        return self._windows(id, row, np.concatenate(starts), np.concatenate(weights), chunk)
+        joined = (np.concatenate(each) for each in (rows, starts, weights))
+        return self._windows(*joined, chunk)
 
     def _windows(
-        self, id: np.ndarray, row: np.ndarray, start: np.ndarray, weight: np.ndarray, chunk: int
+        self, row: np.ndarray, start: np.ndarray, weight: np.ndarray, chunk: int
     ) -> Chosen:
         length = np.minimum(chunk, self._steps[row] - start)
         second_row = np.where(length < chunk, self._next[row], -1)
@@ -265,7 +268,7 @@ class Index:
         if lost.any():
             next_frame = np.where(lost, self._frame(row, self._steps[row]), next_frame)
         windows = Windows(
-            id=id,
+            id=self._id[row],
             start=start,
             length=length,
             second=np.where(crossing, self._id[second_row], 0),
@@ -276,7 +279,8 @@ class Index:
             cut=(self._end[second_row] == CUT) & (after == self._steps[second_row]),
             source=self._source[row],
         )
-        return Chosen(windows, row, second_row, weight)
+        rows = np.unique(np.concatenate([row, second_row]) if crossing.any() else row)
+        return Chosen(windows, row, second_row, weight, rows, self._id[rows])
 
     def _frame(self, row: np.ndarray, step: np.ndarray) -> np.ndarray:
         """The row of the last frame at or before `step` of each segment, -1 for none."""

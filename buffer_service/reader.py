@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import itertools
 import threading
 import time
@@ -350,29 +351,34 @@ class Reader:
     def _locate(self, chosen: Chosen, held: dict[int, Segment]) -> list[Entry]:
         """See that the places of all chosen segments are known; gives those that must be fetched for it."""
         places, absent = self._index.places, []
-        rows = np.unique(np.concatenate([chosen.row, chosen.second_row]))
-        wanted = rows[~places.known[rows] | places.coded[rows]]
-        for row in wanted.tolist():
+        wanted = ~places.known[chosen.rows] | places.coded[chosen.rows]
+        for row in chosen.rows[wanted].tolist():
             entry = self._index.entry_at(row)
-            if not self._hold(entry, held):
-                absent.append(entry)
-            elif not places.known[row]:
-                places.put(row, held[entry.id])
+            if places.known[row] or entry.id in self._decoded or not self._map_place(row, entry):
+                if not self._hold(entry, held):
+                    absent.append(entry)
+                elif not places.known[row]:
+                    places.put(row, entry, held[entry.id])
         return absent
+
+    def _map_place(self, row: int, entry: Entry) -> bool:
+        """Learn the places of a segment in a mapped file; False when that is not enough to read it."""
+        if self._mapped is None:
+            return False
+        try:
+            self._index.places.put_record(row, entry, self._mapped.map(entry.file))
+        except FileNotFoundError:
+            return False
+        return not self._index.places.coded[row]
 
     def _adopt(self, chosen: Chosen, held: dict[int, Segment]) -> bool:
         """Take in the places of fetched segments; False when a chosen one is gone by now."""
-        places, windows = self._index.places, chosen.windows
-        for rows, ids in ((chosen.row, windows.id), (chosen.second_row, windows.second)):
-            for row, id in zip(rows.tolist(), ids.tolist(), strict=True):
-                if not id:
-                    continue
-                if self._index.row(id) != row:
-                    return False
-                if not places.known[row]:
-                    if id not in held:
-                        return False
-                    places.put(row, held[id])
+        places, index = self._index.places, self._index
+        for row, id in zip(chosen.rows.tolist(), chosen.ids.tolist(), strict=True):
+            if index.row(id) != row or (not places.known[row] and id not in held):
+                return False
+            if not places.known[row]:
+                places.put(row, index.entries[id], held[id])
         return True
 
     def _addresses(self, chosen: Chosen) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -383,12 +389,14 @@ class Reader:
 
     def _keep_alive(self, chosen: Chosen, held: dict[int, Segment]) -> list[Any]:
         """What the chosen segments' memory belongs to."""
-        ids = {*chosen.windows.id.tolist(), *chosen.windows.second.tolist()} - {0}
-        keep: list[Any] = [dict(held), *(self._decoded[id] for id in ids if id in self._decoded)]
+        keep: list[Any] = [dict(held)]
+        if self._decoded:
+            keep += [self._decoded[id] for id in chosen.ids.tolist() if id in self._decoded]
         if self._mapped is not None:
-            entries = self._index.entries
-            files = {entries[id].file for id in ids if id not in self._decoded}
-            keep += [self._mapped.map(file) for file in files]
+            files = np.unique(self._index.file[chosen.rows]).tolist()
+            for file in files:
+                with contextlib.suppress(FileNotFoundError):  # its segments were fetched
+                    keep.append(self._mapped.map(file))
         return keep
 
     def _hold(self, entry: Entry, held: dict[int, Segment]) -> bool:

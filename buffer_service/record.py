@@ -117,6 +117,20 @@ def header(buffer: Any, offset: int = 0) -> dict[str, Any]:
     return _head(buffer, offset, found)[0]
 
 
+def layout(buffer: Any, offset: int = 0) -> tuple[dict[str, Any], list[list[Any]]]:
+    """The header, and [name, dtype, shape, codec, byte in `buffer`, bytes] of each column, without touching them."""
+    found = prefix(buffer, offset)
+    if found is None:
+        raise WireError(f"no record at byte {offset}")
+    header, specs = _head(buffer, offset, found)
+    base, end = offset + _aligned(PREFIX_BYTES + found.head_length), offset + found.length
+    columns = []
+    for spec in specs:
+        name, dtype, shape, place, nbytes, codec = _checked(spec, base, end)
+        columns.append([name, dtype, shape, codec, base + place, nbytes])
+    return header, columns
+
+
 def _columns(
     buffer: Any, offset: int, found: Prefix
 ) -> tuple[dict[str, Any], list[tuple[list[Any], memoryview]]]:
@@ -131,14 +145,20 @@ def _places(
     view = memoryview(buffer)
     base, end = offset + _aligned(PREFIX_BYTES + found.head_length), offset + found.length
     for spec in specs:
-        if not isinstance(spec, list) or len(spec) != 6:
-            raise WireError(f"a record's column {spec!r:.200} is not allowed")
-        *described, place, nbytes, codec = spec
-        if not type(place) is type(nbytes) is int or place < 0 or nbytes < 0:
-            raise WireError(f"a record's column {spec!r:.200} is not allowed")
-        if base + place + nbytes > end:
-            raise WireError(f"a record's column {spec[0]!r:.200} reaches beyond the record")
+        *described, place, nbytes, codec = _checked(spec, base, end)
         yield [*described, codec] if codec else described, view[base + place :][:nbytes]
+
+
+def _checked(spec: Any, base: int, end: int) -> list[Any]:
+    """A column's spec, whose bytes lie between `base` and `end`."""
+    if not isinstance(spec, list) or len(spec) != 6:
+        raise WireError(f"a record's column {spec!r:.200} is not allowed")
+    *_, place, nbytes, _ = spec
+    if not type(place) is type(nbytes) is int or place < 0 or nbytes < 0:
+        raise WireError(f"a record's column {spec!r:.200} is not allowed")
+    if base + place + nbytes > end:
+        raise WireError(f"a record's column {spec[0]!r:.200} reaches beyond the record")
+    return spec
 
 
 def _head(buffer: Any, offset: int, found: Prefix) -> tuple[dict[str, Any], list]:

@@ -104,7 +104,7 @@ def gather_from(
     for id in entries:
         rows[id] = len(rows)
         held[id] = load(id)
-        places.put(rows[id], held[id])
+        places.put(rows[id], entries[id], held[id])
     for window in windows:
         _check(window, entries, chunk)
     ids, starts, lengths, seconds = zip(*windows, strict=True)

@@ -16,6 +16,7 @@ import numpy as np
 BY = ("uniform", "priority", "fresh")
 _MIN_PRIORITY = 1e-6  # nothing that may be drawn has weight 0
 _MAX_EXPONENT = 500.0  # of the freshness weights, before they are scaled anew
+_BELOW_ONE = float(np.nextafter(1.0, 0.0))
 _MIN_SCALE = 1e-290
 _BLOCK = 8192  # slots whose windows are summed together
 
@@ -23,7 +24,7 @@ _BLOCK = 8192  # slots whose windows are summed together
 class Drawn(NamedTuple):
     """B windows of a table."""
 
-    id: np.ndarray  # (B,) int64, the segment
+    row: np.ndarray  # (B,) int64, of the segment, as it was put
     start: np.ndarray  # (B,) int64, its step
     probability: np.ndarray  # (B,) float64, with which each was drawn
     windows: int  # among how many
@@ -66,16 +67,24 @@ class SumTree:
 
     def find(self, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """For values in [0, total): the leaf in whose stretch each falls, and how far, as a share of its weight."""
+        node, rest = self._descend(value, careful=False)
+        weight = self._tree[node]
+        if not weight.all():  # rounding carried a value past the end of its stretch
+            node, rest = self._descend(value, careful=True)
+            weight = self._tree[node]
+        return node - self.leaves, np.clip(rest / weight, 0.0, _BELOW_ONE)
+
+    def _descend(self, value: np.ndarray, careful: bool) -> tuple[np.ndarray, np.ndarray]:
         tree, node, rest = self._tree, np.ones(len(value), np.int64), value.copy()
-        while node[0] < self.leaves:
+        for _ in range(self.leaves.bit_length() - 1):
             node <<= 1
             left = tree[node]
-            # Rounding may carry `rest` past the end: a leaf without weight is never reached.
-            right = (rest >= left) & (tree[node + 1] > 0)
-            rest -= np.where(right, left, 0.0)
+            right = rest >= left
+            if careful:  # a leaf without weight is never reached
+                right &= tree[node + 1] > 0
+            rest -= left * right
             node += right
-        weight = tree[node]
-        return node - self.leaves, np.clip(rest / weight, 0.0, np.nextafter(1.0, 0.0))
+        return node, rest
 
 
 class Ragged:
@@ -161,6 +170,7 @@ class Table:
         self._slot: dict[int, int] = {}  # segment -> slot
         self._used, size = 0, 64
         self._id = np.zeros(size, np.int64)
+        self._row = np.zeros(size, np.int64)
         self._count = np.zeros(size, np.int64)  # windows of each slot
         self._scale = np.ones(size)  # freshness
         self._starts = Ragged(np.int32, size)  # where they are not 0, 1, 2, ...
@@ -173,17 +183,18 @@ class Table:
         return id in self._slot
 
     def put(
-        self, id: int, steps: int, starts: Sequence[int], priority: float | None = None
+        self, id: int, row: int, steps: int, starts: Sequence[int], priority: float | None = None
     ) -> None:
         """Take in a segment of `steps` steps with windows at `starts`, or tell what its windows are now.
 
-        priority: of its windows, where it is known; else the highest there was.
+        row: what a draw of it gives. priority: of its windows, where it is known; else the highest there was.
         """
         slot, count = self._slot.get(id), len(starts)
         if slot is None:
             if not count:
                 return
             slot = self._new(id, steps)
+            self._row[slot] = row
         elif not count:
             self.remove(id)
             return
@@ -243,7 +254,7 @@ class Table:
             start = np.where(
                 listed, self._starts.values[np.where(listed, offset + place, 0)], place
             )
-        return Drawn(self._id[slots], start.astype(np.int64), weight / (high - low), windows)
+        return Drawn(self._row[slots], start.astype(np.int64), weight / (high - low), windows)
 
     def set_priorities(
         self, ids: np.ndarray, steps: np.ndarray, values: np.ndarray
@@ -326,12 +337,12 @@ class Table:
         size = len(self._id)
         if len(live) > size // 2:
             size *= 2
-            self._id = np.append(self._id, np.zeros(size - len(self._id), np.int64))
-            self._count = np.append(self._count, np.zeros(size - len(self._count), np.int64))
-            self._scale = np.append(self._scale, np.ones(size - len(self._scale)))
+            for name in ("_id", "_row", "_count", "_scale"):
+                array = getattr(self, name)
+                setattr(self, name, np.append(array, np.ones(size - len(array), array.dtype)))
             self._starts.grow(size)
             self._priority.grow(size)
-        for array in (self._id, self._count, self._scale):
+        for array in (self._id, self._row, self._count, self._scale):
             array[: len(live)] = array[live]
         self._count[len(live) :] = 0
         self._starts.move(live)
