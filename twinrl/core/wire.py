@@ -7,7 +7,6 @@ or [name, dtype, shape, codec] of an encoded column, whose buffer is the codec's
 from __future__ import annotations
 
 import functools
-import math
 import re
 from typing import Any, Dict, List, Sequence, Tuple, Union
 
@@ -57,13 +56,15 @@ def restore(spec: Any, buffer: Any) -> Tuple[str, Column]:
         raise WireError(f"array {name!r} has dtype {dtype_name!r:.40}, which is not allowed")
     if not isinstance(shape, (list, tuple)) or len(shape) > MAX_DIMENSIONS:
         raise WireError(f"array {name!r} has shape {shape!r:.200}")
+    dtype = _dtype(dtype_name)
+    expected = extent = dtype.itemsize
     for n in shape:
         if type(n) is not int or not 0 <= n < MAX_ROWS:
             raise WireError(f"array {name!r} has shape {shape!r:.200}")
-    dtype, shape = _dtype(dtype_name), tuple(shape)
-    # Axes beside an empty one count too: NumPy refuses (0, 2**40, 2**40).
-    if math.prod(n or 1 for n in shape) * dtype.itemsize > max(len(buffer), MAX_DECODED_BYTES):
-        raise WireError(f"array {name!r} of shape {shape} is too large")
+        expected *= n
+        extent *= n or 1  # axes beside an empty one count too: NumPy refuses (0, 2**40, 2**40)
+    if extent > max(len(buffer), MAX_DECODED_BYTES):
+        raise WireError(f"array {name!r} of shape {shape!r:.200} is too large")
     if len(spec) == 4:
         if len(buffer) > MAX_ENCODED_BYTES:
             raise WireError(f"array {name!r} has {len(buffer)} bytes, allowed {MAX_ENCODED_BYTES}")
@@ -73,9 +74,8 @@ def restore(spec: Any, buffer: Any) -> Tuple[str, Column]:
             raise WireError(f"array {name!r}: {error}") from None
         encoded.data.flags.writeable = False
         return name, encoded
-    expected = math.prod(shape) * dtype.itemsize
     if len(buffer) != expected:
-        raise WireError(f"array {name!r}: {len(buffer)} bytes for shape {shape} of {dtype}")
+        raise WireError(f"array {name!r}: {len(buffer)} bytes for shape {tuple(shape)} of {dtype}")
     array = np.frombuffer(buffer, dtype=dtype).reshape(shape)
     array.flags.writeable = False
     return name, array
