@@ -50,6 +50,7 @@ setup(
         "prometheus-client>=0.20",
         "matplotlib>=3.8",
         "av>=12",
+        "pillow>=10.1",
     ],
     extras_require={
         "dev": [

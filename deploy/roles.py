@@ -6,6 +6,7 @@ import argparse
 import faulthandler
 import importlib
 import logging
+import math
 
 from deploy.description import make_schema
 from deploy.run_folder import RunFolder
@@ -24,6 +25,11 @@ def command(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="twinrl serve", description="One process of a job.")
     parser.add_argument("role", choices=sorted(ROLES))
     parser.add_argument("--run", required=True, help="the run's folder")
+    parser.add_argument(
+        "--look",
+        action="store_true",
+        help="replay of a stopped run: nothing ends, nothing is reported",
+    )
     arguments = parser.parse_args(argv)
     faulthandler.enable()
     logging.basicConfig(
@@ -33,6 +39,9 @@ def command(argv: list[str]) -> int:
     settings = run.topology()["roles"].get(arguments.role)
     if settings is None:
         raise ConfigError(f"run {run.name!r} has no {arguments.role}")
+    if arguments.look:  # where it is now, should it have been moved or copied since
+        settings.update(run_dir=str(run.path), address="tcp://127.0.0.1:*")
+        settings.update(metrics_address="", lease=math.inf)
     if "schema" in settings:
         settings["schema"] = make_schema(settings["schema"])
     if "limiter" in settings:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from deploy import factories
 from deploy.evaluation import load_runner
+from deploy.mp4 import write_mp4
 from deploy.run_folder import RunFolder
 from twinrl.config import Config
 from twinrl.env import image_key
@@ -46,20 +45,5 @@ def record_video(config: Config, run: RunFolder, checkpoint: str = "stage3") -> 
     small.close()
     large.close()
     path = run.path / "video.mp4"
-    _encode(frames, path, config_hz=10)
+    write_mp4(frames, path, rate=10)
     return path
-
-
-def _encode(frames: list[Any], path: Path, config_hz: int) -> None:
-    import av
-
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(config_hz))
-        stream.width = stream.height = SIZE
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": "26"}
-        for frame in frames:
-            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
-                container.mux(packet)
-        for packet in stream.encode():
-            container.mux(packet)

@@ -23,6 +23,10 @@ COMMANDS = {
     "dashboard": ("dashboard.server:command", "show the page of a run, also of a finished one"),
     "status": ("dashboard.status:command", "show a run's figures on the terminal"),
     "eval": ("deploy.evaluation:command", "measure the success of a checkpoint"),
+    "replay": (
+        "deploy.replay_command:command",
+        "list, show, export or delete what the replay holds",
+    ),
     "doctor": ("deploy.doctor:command", "check this machine and say how to mend what is missing"),
     "serve": ("deploy.roles:command", None),  # internal: one process of a job
 }
