@@ -14,8 +14,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import NamedTuple
 
-from buffer_service.embedded_redis import Redis, RedisError
 from buffer_service.entry import Entry
+from buffer_service.redis_address import FORGETFUL, Redis, RedisError, explain
+from buffer_service.redis_lease import LeaseLost
 from buffer_service.store import Store
 from twinrl.core.errors import TwinRLError
 
@@ -70,10 +71,12 @@ class Committer:
         self._store, self._lock = store, lock
         self._redis_again, self._published = redis_again, published
         self._work: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._held: list[Work | None] = []  # taken out of the queue before their turn
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="committer", daemon=True)
         self.failure: Exception | None = None  # what ended the thread
         self.trouble = ""  # what acknowledgements wait for, if not for their turn
+        self._since = 0.0  # monotonic s, when that began
 
     def start(self) -> None:
         """Begin to commit."""
@@ -93,7 +96,7 @@ class Committer:
         try:
             running = True
             while running:
-                group = [self._work.get()]
+                group, self._held = self._held or [self._work.get()], []
                 while not self._work.empty():
                     group.append(self._work.get())
                 work = [each for each in group if each is not None]
@@ -112,13 +115,21 @@ class Committer:
         entries = [each.entry for each in work if isinstance(each, Insert) and each.entry]
         moved = self._moved()
         with self._lock:
-            gone = {entry.id: entry for entry in self._store.evictions(entries)}
-            evicted = len(gone)
-            gone |= self._deletions(work)
-            changes = {entry.id: entry for entry in moved} | self._closed(work)
-            changed = [entry for id, entry in changes.items() if id not in gone]
             self._store.count(entries)
-        self._make_durable(entries, list(gone.values()), changed)
+            changes = {entry.id: entry for entry in moved} | self._closed(work)
+        while True:
+            with self._lock:
+                evicted = {entry.id: entry for entry in self._store.evictions(entries)}
+                gone = evicted | self._deletions(work)
+            changed = [entry for id, entry in changes.items() if id not in gone]
+            try:
+                self._store.commit(entries, list(gone.values()), changed)
+                break
+            except RedisError as error:
+                if not self._wait_for_redis(error):
+                    raise
+                work += self._early_deletions()
+        self.trouble = ""
         with self._lock:
             self._store.publish(entries, list(gone.values()), changed)
             hold = self._published(entries, list(gone.values()), changed)
@@ -130,7 +141,7 @@ class Committer:
                     {"acknowledged": acknowledged, "repeated": each.entry is None, "hold": hold}
                 )
             elif isinstance(each, Delete):
-                each.future.set_result({"deleted": len(gone) - evicted})
+                each.future.set_result({"deleted": len(gone) - len(evicted)})
             elif isinstance(each, Change):
                 each.future.set_result({})
 
@@ -159,32 +170,39 @@ class Committer:
                     )
         return closed
 
-    def _make_durable(self, entries: list[Entry], gone: list[Entry], changed: list[Entry]) -> None:
-        while True:
-            try:
-                self._store.commit(entries, gone, changed)
-                return
-            except RedisError as error:
-                if not self._wait_for_redis(error):
-                    raise
+    def _early_deletions(self) -> list[Work]:
+        """Deletions that came in meanwhile: they may be what a full Redis waits for."""
+        while not self._work.empty():
+            self._held.append(self._work.get())
+        early: list[Work] = [each for each in self._held if isinstance(each, Delete)]
+        self._held = [each for each in self._held if not isinstance(each, Delete)]
+        return early
 
     def _wait_for_redis(self, error: Exception) -> bool:
-        """Until Redis answers again and knows everything; False when the service is to end."""
-        log.warning("Redis is away: %s", error)
-        since = time.monotonic()
+        """Until it is worth trying again; False when the service is to end.
+
+        A Redis that was away may have forgotten its last second, so it is told everything again. One that refuses
+        to write is asked again.
+        """
+        if not self.trouble:
+            self._since = time.monotonic()
+            log.warning("%s", explain(error))
+        forgetful = isinstance(error, FORGETFUL)
         while not self._stop.is_set():
-            waited = time.monotonic() - since
-            self.trouble = f"acknowledgements wait {waited:.0f} s for Redis: {error}"
+            waited = time.monotonic() - self._since
+            self.trouble = f"acknowledgements wait {waited:.0f} s: {explain(error)}"
+            self._stop.wait(RETRY_SECONDS)
+            if not forgetful:
+                return not self._stop.is_set()
             try:
                 if self._redis_again is not None:
                     redis = self._redis_again()
                     with self._lock:
                         self._store.reconnect(redis)
-                    self.trouble = ""
-                    log.warning("Redis is back after %.1f s", time.monotonic() - since)
+                    log.warning("Redis is back after %.1f s", time.monotonic() - self._since)
                     return True
+            except LeaseLost:
+                raise
             except (RedisError, TwinRLError) as again:
                 error = again
-                log.info("Redis is still away: %s", again)
-            self._stop.wait(RETRY_SECONDS)
         return False

@@ -102,7 +102,10 @@ class _Active:
 
 
 class SegmentFiles:
-    """The segment files of a run, managed by one process. Without `durable` nothing is ever synced."""
+    """The segment files of a run, managed by one process.
+
+    Without `durable` nothing is ever synced, and what is found after the machine died is doubted.
+    """
 
     def __init__(self, folder: Path, durable: bool = True) -> None:
         self.folder, self._durable = folder, durable
@@ -208,15 +211,34 @@ class SegmentFiles:
             self._active = {}
         self.sync()
 
+    def size(self, number: int) -> int:
+        """Bytes of file `number`; 0 when it is gone."""
+        with contextlib.suppress(FileNotFoundError):
+            return path_of(self.folder, number).stat().st_size
+        return 0
+
+    def _unsynced_before_boot(self) -> bool:
+        """Whether files were left unsynced when the machine died. Notes for the next start what may be by then."""
+        note, boot = self.folder / "unsynced", ""
+        with contextlib.suppress(OSError):
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+        found = note.exists() and note.read_text() != boot
+        if not self._durable:
+            note.write_text(boot)
+        elif found:  # what is left after this start was checked byte by byte
+            note.unlink()
+        return found
+
     def scan(self) -> Iterator[Found]:
         """Every whole record of the files of earlier processes, which are sealed on the way.
 
         The records of a file that was never sealed are checked byte by byte; the walk through a file ends at
         the first record that is torn.
         """
+        doubtful = self._unsynced_before_boot()
         for number in self.numbers():
             path = path_of(self.folder, number)
-            sealed = not stat.S_IMODE(path.stat().st_mode) & 0o200
+            sealed = not doubtful and not stat.S_IMODE(path.stat().st_mode) & 0o200
             offset = 0
             if path.stat().st_size:
                 buffer = map_file(path)
@@ -226,6 +248,7 @@ class SegmentFiles:
                     yield Found(number, offset, found.length, found.time, sealed)
                     offset += found.length
             if not sealed:
+                path.chmod(0o644)
                 os.truncate(path, offset)
                 path.chmod(0o444)
             if not offset:

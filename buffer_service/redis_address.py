@@ -33,12 +33,16 @@ from redis.exceptions import (
 from redis.retry import Retry
 from redis.sentinel import MasterNotFoundError, Sentinel
 
-from twinrl.core.errors import ConfigError
+from twinrl.core.errors import ConfigError, TwinRLError
 
 log = logging.getLogger(__name__)
 Redis = redis.Redis | RedisCluster
 RedisError = redis.RedisError
 AWAY = (redis.ConnectionError, redis.TimeoutError, redis.BusyLoadingError)
+FORGETFUL = (
+    *AWAY,
+    ReadOnlyError,
+)  # who answers next may not know the last second: it is told again
 # A wait of the service's own is interruptible and shows its reason; one inside redis-py is not.
 CLIENT_OPTIONS: dict[str, Any] = {
     "socket_timeout": 10.0,
@@ -123,6 +127,8 @@ def connect(
 def explain(error: Exception) -> str:
     """Why Redis did not do what it was told, and what mends it."""
     text = str(error)
+    if isinstance(error, TwinRLError):
+        return text
     for word, meaning in _REFUSALS.items():
         if text.startswith(word) or (word == "OOM" and isinstance(error, OutOfMemoryError)):
             return f"{meaning} ({text})"

@@ -6,6 +6,7 @@ ends long polls). Every field of the store is touched under one lock.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import socket
 import threading
@@ -251,14 +252,21 @@ class Service:
         with self._lock:
             for id in arguments.integers(request.args, "ids", MAX_IDS)[: wire.MAX_ARRAYS]:
                 entry = self.store.entries.get(id)
-                if entry is None:
+                if entry is not None and total and total + entry.length > MAX_FETCH_BYTES:
+                    break
+                raw = self._raw(entry)
+                if raw is None:
                     missing.append(id)
                     continue
-                if total and total + entry.length > MAX_FETCH_BYTES:
-                    break
-                total += entry.length
-                records[str(id)] = np.frombuffer(self.store.raw(entry), np.uint8)
+                total += len(raw)
+                records[str(id)] = np.frombuffer(raw, np.uint8)
         return {"missing": missing}, records
+
+    def _raw(self, entry: Entry | None) -> memoryview | None:
+        """A segment's record; None when it was evicted, or its bytes turn out to be lost."""
+        with contextlib.suppress(FileNotFoundError):
+            return None if entry is None else self.store.raw(entry)
+        return None
 
     def rows(self, request: Request) -> Future | dict[str, Any]:
         """A batch of `windows` [[segment, start, length, second], ...] of up to `chunk` steps, for readers elsewhere.
@@ -270,10 +278,11 @@ class Service:
         with self._lock:
             for id in {id for window in windows for id in (window[0], window[3]) if id}:
                 entry = self.store.entries.get(id)
-                if entry is None:
+                raw = self._raw(entry)
+                if entry is None or raw is None:
                     missing.append(id)
                 else:
-                    entries[id], records[id] = entry, self.store.raw(entry)
+                    entries[id], records[id] = entry, raw
         if missing:
             return {"missing": missing, "instructions": []}
         return self._rows.submit(windows, chunk, entries, records)
@@ -370,6 +379,7 @@ class Service:
                 "waiting": self._waiting(),
                 "stats": self._sizes(),
                 "form": self.store.form,
+                "promise": self.store.promise,
                 "flush": self.store.flush_policy,
                 "remover": self.store.remover,
                 "capacity": dict(self.store.capacity),
@@ -384,6 +394,7 @@ class Service:
             waiting = self._waiting()
             return {
                 **self._sizes(),
+                "replay/promise": self.store.promise,
                 "replay/inserts_per_s": before["inserts"] / seconds,
                 "replay/samples_per_s": before["samples"] / seconds,
                 "replay/insert_bytes_per_s": before["bytes"] / seconds,

@@ -10,10 +10,13 @@ import logging
 import signal
 import threading
 from pathlib import Path
+from typing import Any
 
-from buffer_service import embedded_redis
 from buffer_service.embedded_redis import EmbeddedRedis
 from buffer_service.limiter import RateLimiter
+from buffer_service.redis_address import Redis, connect, prefix
+from buffer_service.redis_lease import LeaseLost, RedisLease
+from buffer_service.redis_store import CACHE_BYTES, RedisStore
 from buffer_service.replay import LEASE_SECONDS, Service
 from buffer_service.store import FLUSH_POLICIES, REMOVERS, FileStore, Recovery
 from twinrl.core.errors import TwinRLError
@@ -23,6 +26,7 @@ from twinrl.core.segment import Schema
 from twinrl.core.sockets import Server
 
 log = logging.getLogger(__name__)
+STORES = {"files": FileStore, "redis": RedisStore}
 
 
 def serve(
@@ -36,6 +40,11 @@ def serve(
     flush: str = "everysec",
     remover: str = "oldest",
     lease: float = LEASE_SECONDS,
+    store: str = "files",
+    redis_access: dict[str, str] | None = None,
+    redis_memory_mb: int | None = None,
+    cache_mb: int = CACHE_BYTES >> 20,
+    adopt: bool = False,
     limiter: RateLimiter | None = None,
     metrics_address: str = "",
     stop: threading.Event | None = None,
@@ -47,7 +56,9 @@ def serve(
     redis_url: "" starts the run's own Redis in `run_dir/redis`. run: the prefix of its keys in Redis, by default
     the folder's name. capacity: bytes to keep of each source, or of twins. remover: which of a full source's
     segments go, "oldest" or "lowest_priority". lease: s after which a silent writer's episodes are closed.
-    metrics_address: the collector's.
+    store: "files", or "redis" with the payload in Redis too and `cache_mb` of segment files; `adopt`: go on with
+    the run that Redis holds although its folder is lost. redis_access: `redis_address.connect`'s options.
+    redis_memory_mb: the limit of the run's own Redis. metrics_address: the collector's.
     """
     run_dir = Path(run_dir).resolve()
     folder = run_dir / "replay"
@@ -62,27 +73,36 @@ def serve(
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise TwinRLError(f"another replay service is already serving {run_dir}") from None
-        embedded = None if redis_url else EmbeddedRedis(run_dir / "redis", fsync=flush)
+        run = run or run_dir.name
+        embedded = right = None
+        lost: list[LeaseLost] = []
+        if not redis_url:
+            embedded = EmbeddedRedis(run_dir / "redis", flush, redis_memory_mb)
 
-        def redis_again() -> embedded_redis.Redis:
+        def redis_again() -> Redis:
             if embedded is None:
-                return embedded_redis.connect(redis_url)
+                return connect(redis_url, **(redis_access or {}))
             return embedded.connect() if embedded.alive() else embedded.start()
 
         try:
-            store = FileStore(
-                *(folder, redis_again(), run or run_dir.name, schema),
-                *(capacity, flush, remover),
+            if embedded is None:  # which others can reach, too
+                right = RedisLease(redis_again(), prefix(run), folder, lost.append).acquire()
+            options: dict[str, Any] = {"lease": right}
+            if store == "redis":
+                options |= {"cache_bytes": cache_mb << 20, "adopt": adopt}
+            kept = STORES[store](
+                *(folder, redis_again(), run, schema, capacity, flush, remover), **options
             )
-            _report(store.recover())
+            _report(kept.recover())
+            log.info("%s", kept.promise)
             server = _listen(address, folder / "address", run_dir / "keys")
-            service = Service(store, server, schema, limiter, redis_again, lease).start()
+            service = Service(kept, server, schema, limiter, redis_again, lease).start()
             reporter = None
             if metrics_address:
                 keys = Keys.load(run_dir / "keys" / "cluster.key")
                 reporter = Reporter(metrics_address, keys, "replay", "replay", service.stats)
             print(f"replay ready at {server.address}", flush=True)
-            while not stop.wait(0.5) and service.failure is None:
+            while not stop.wait(0.5) and service.failure is None and not lost:
                 pass
             service.close()
             if reporter is not None:
@@ -90,6 +110,8 @@ def serve(
             if service.failure is not None:
                 raise service.failure
         finally:
+            if right is not None:
+                right.release()
             if embedded is not None:
                 embedded.stop()
 
@@ -136,6 +158,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--remover", default="oldest", choices=REMOVERS)
     parser.add_argument("--lease", type=float, default=LEASE_SECONDS, metavar="SECONDS")
     parser.add_argument("--flush", default="everysec", choices=FLUSH_POLICIES)
+    parser.add_argument("--store", default="files", choices=sorted(STORES))
+    parser.add_argument("--redis-access", type=json.loads, help='e.g. {"tls_ca": FILE}')
+    parser.add_argument("--redis-memory-mb", type=int, help="limit of the run's own Redis")
+    parser.add_argument("--cache-mb", type=int, default=CACHE_BYTES >> 20)
+    parser.add_argument("--adopt", type=json.loads, default=False)
     parser.add_argument("--limiter", default="{}", help="the RateLimiter's arguments as JSON")
     parser.add_argument("--metrics-address", default="")
     options = vars(parser.parse_args(arguments))

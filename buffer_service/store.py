@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import msgpack
+from redis.exceptions import OutOfMemoryError
 
 from buffer_service import record
 from buffer_service.embedded_redis import Redis
 from buffer_service.entry import CUT, LEASE, OPEN, Entry, describe
 from buffer_service.files import FILE_BYTES, Found, MappedFiles, SegmentFiles, identity, path_of
-from buffer_service.redis_address import prefix
+from buffer_service.promise import keeps, promise
+from buffer_service.redis_address import appendfsync, prefix
 from buffer_service.redis_lease import RedisLease
 from twinrl.core.errors import ConfigError, Rejected, ResumeError, WireError
 from twinrl.core.segment import SOURCES, Schema, Segment
@@ -165,7 +167,11 @@ class FileStore(Store):
         self.schema, self.flush_policy, self.remover = schema, flush, remover
         self.folder = folder
         self._redis, self._prefix, self._lease = redis, prefix(run), lease
-        self._files = SegmentFiles(folder, durable=flush != "never")
+        synced = appendfsync(redis)
+        if trouble := keeps(flush, synced, self.form):
+            raise ConfigError(trouble)
+        self.promise = promise(flush, synced, self.form)
+        self._files = SegmentFiles(folder, durable=self.form == "files" and flush != "never")
         self._mapped = MappedFiles(folder)
         self.entries, self.appended, self.committed = {}, {}, {}
         self.cursors, self.counters = {}, collections.defaultdict(int)
@@ -195,6 +201,10 @@ class FileStore(Store):
         path = folder / "identity.json"
         mine = identity(folder)
         theirs = {k.decode(): v.decode() for k, v in self._redis.hgetall(self._key("run")).items()}
+        if theirs.get("form") == "redis" != self.form:
+            raise ResumeError(
+                f"the payload of the run under {self._prefix!r} lies in Redis: set replay.store to redis"
+            )
         if theirs and not mine and self._adopts:
             mine = {name: theirs[name] for name in ("token", "schema")}
             self._write_identity(path, mine)
@@ -213,7 +223,7 @@ class FileStore(Store):
             mine = {"token": secrets.token_hex(8), "schema": digest}
             self._write_identity(path, mine)
         self.token = mine["token"]
-        self._identity = {**mine, "folder": str(folder)}
+        self._identity = {**mine, "folder": str(folder), "form": self.form}
         self._redis.hset(self._key("run"), mapping=self._identity)
 
     def _write_identity(self, path: Path, identity: dict[str, str]) -> None:
@@ -365,14 +375,35 @@ class FileStore(Store):
     ) -> None:
         if self.flush_policy == "always" and (entries or changed):
             self._files.sync()
+        try:
+            self._write(entries, evicted, changed)
+        except OutOfMemoryError:
+            if not evicted:
+                raise
+            self._forget(evicted)  # Redis takes nothing now, but it lets go
+            self._write(entries, evicted, changed)
+
+    def _write(
+        self, entries: list[Entry], evicted: Sequence[Entry], changed: Sequence[Entry]
+    ) -> None:
         writers = {entry.writer: entry.sequence for entry in entries}
         self._transact([*entries, *changed], writers, evicted)
+
+    def _forget(self, evicted: Sequence[Entry]) -> None:
+        """Evict, with nothing in the transaction that needs memory."""
+        with self._redis.pipeline(transaction=True) as pipeline:
+            if self._lease is not None:
+                self._lease.guard(pipeline)
+            self._add_payload(pipeline, [], evicted)
+            for name in ("index", "priorities"):
+                pipeline.hdel(self._key(name), *(entry.id for entry in evicted))
+            pipeline.execute()
 
     def _transact(
         self,
         entries: Collection[Entry],
         writers: dict[str, int],
-        evicted: list[Entry],
+        evicted: Sequence[Entry],
         anew: bool = False,
     ) -> None:
         index = {entry.id: msgpack.packb(entry) for entry in entries}
