@@ -14,7 +14,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dashboard.figures import clock, compact, evaluations, headline, percent, robots, waiting_for
+from dashboard.figures import (
+    clock,
+    compact,
+    evaluations,
+    headline,
+    newest,
+    percent,
+    robots,
+    waiting_for,
+)
 from dashboard.source import find_run, open_source
 from twinrl.core.errors import DeadlineError, RemoteError
 
@@ -77,6 +86,7 @@ def as_figures(snapshot: dict[str, Any]) -> dict[str, Any]:
     return {
         **headline(snapshot),
         "live": not snapshot.get("ended", False),
+        "replay_promise": newest(snapshot, "replay/promise", "replay"),
         "processes": snapshot["processes"],
         "evaluations": evaluations(snapshot),
         "robots": robots(snapshot),
@@ -125,8 +135,11 @@ def _head(snapshot: dict[str, Any]) -> RenderableType:
         )
     sizes = ", ".join(f"{compact(n)} {name}" for name, n in sorted(figures["transitions"].items()))
     table.add_row(Text("replay", style="dim"), Text(sizes or "-"))
+    parts: list[RenderableType] = [table]
+    if promise := newest(snapshot, "replay/promise", "replay"):
+        parts.append(Text(f"replay: {promise}", style="dim"))
     bar = ProgressBar(100, 100 * (figures["progress"] or 0.0), width=64)
-    return Group(title, bar, table)
+    return Group(title, bar, *parts)
 
 
 def _processes(snapshot: dict[str, Any]) -> Table:

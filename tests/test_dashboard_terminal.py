@@ -27,6 +27,7 @@ REPORTS = (
             "replay/transitions/twin": 480_000,
             "replay/waiting": 1,
             "replay/waiting_for": "twin-0 inserts",
+            "replay/promise": "what is acknowledged survives",
         },
     ),
     ("robot", "gateway", {"robot/arm-1/state": "held", "robot/arm-1/minutes": 3.5}),
@@ -70,6 +71,7 @@ def test_status_shows_the_figures(runs):
         "held",
         "25 %",
         "twin-0 inserts",
+        "what is acknowledged survives",
         "crashed",
         "Traceback [of it]",
     ):
@@ -80,6 +82,7 @@ def test_status_as_json(runs, capsys):
     """Programs read the same."""
     status("demo", runs, as_json=True)
     figures = json.loads(capsys.readouterr().out)
+    assert figures["replay_promise"] == "what is acknowledged survives"
     assert figures["live"] and figures["policy_version"] == 41 and figures["policy_lag"] == 2
     assert figures["evaluations"]["sft"]["twin/ood"]["rate"] == 0.25
     assert figures["robots"]["arm-1"] == {"state": "held", "minutes": 3.5}

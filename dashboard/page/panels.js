@@ -185,8 +185,8 @@ export function drawProcesses(node, store) {
       element("td", {}, element("b", {}, p.role), p.name === p.role ? "" : ` ${p.name}`),
       element("td", { class: "muted" }, `${p.host ?? ""} · ${p.pid ?? ""}`),
       element("td", { class: "muted" }, p.status === "running" ? "" : ago(p.age)),
-      element("td", { class: "num", title: waits ? waits[1] : "" },
-        figure === undefined ? (waits ? "waits" : "") : `${number(figure)} ${UNITS[p.role]}`));
+      element("td", { class: "num", title: waits ? waits[1] : p.data["replay/promise"] ?? "" },
+        [figure === undefined ? "" : `${number(figure)} ${UNITS[p.role]}`, waits ? "waits" : ""].filter(Boolean).join(" · ")));
   });
   const head = element("tr", {}, ...["State", "Process", "Host · pid", "", ""].map((text) => element("th", {}, text)));
   node.replaceChildren(head, ...rows);
