@@ -17,6 +17,8 @@ Cluster methods (role `cluster`), see `robot_bridge.policy_link` for all but the
     policy_take, policy_give, set_configurations, results, robots, run_state, pause, resume
     command    {action, target}                                  -> {}; target: a robot, absent for the run's
     camera     {robot, camera}                                   -> {time} + jpeg (n,) uint8
+
+Weights, for holders of any key (robot_bridge.weights_relay; docs/weights.md): weights_offer, weights_chunk
 """
 
 from __future__ import annotations
