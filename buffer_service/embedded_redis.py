@@ -28,8 +28,6 @@ from buffer_service.redis_address import (
     AWAY,
     CLIENT_OPTIONS,
     Redis,
-    RedisError,
-    connect,
     information,
 )
 from twinrl.core.errors import ConfigError, TwinRLError
@@ -49,7 +47,6 @@ _DIE_WITH_PARENT = (
 APPENDFSYNC = {"always": "always", "everysec": "everysec", "never": "no"}
 # The file holds at most what is in memory once more than what has come since: then it is written anew.
 REWRITE_PERCENTAGE, REWRITE_BYTES = 100, 64 << 20
-__all__ = ["EmbeddedRedis", "Redis", "RedisError", "connect", "find_binary"]
 
 
 def find_binary() -> str:

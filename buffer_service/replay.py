@@ -17,12 +17,12 @@ from typing import Any
 
 import numpy as np
 
-from buffer_service import embedded_redis
 from buffer_service.changes import Changes
 from buffer_service.committer import Abandon, Change, Committer, Delete, Insert
 from buffer_service.entry import Entry
 from buffer_service.limiter import ONLINE, RateLimiter
 from buffer_service.polls import MAX_WAIT, Polls
+from buffer_service.redis_address import Redis
 from buffer_service.rows import RowGatherer, wanted
 from buffer_service.store import SCHEMA_CURE, Store
 from twinrl.core import arguments, wire
@@ -54,7 +54,7 @@ class Service:
         server: Server,
         schema: Schema,
         limiter: RateLimiter | None = None,
-        redis_again: Callable[[], embedded_redis.Redis] | None = None,
+        redis_again: Callable[[], Redis] | None = None,
         lease: float = LEASE_SECONDS,
     ) -> None:
         """`redis_again()` connects to Redis anew after it was away, and starts it if it is ours.

@@ -22,11 +22,10 @@ import msgpack
 from redis.exceptions import OutOfMemoryError
 
 from buffer_service import record
-from buffer_service.embedded_redis import Redis
 from buffer_service.entry import CUT, LEASE, OPEN, Entry, describe
 from buffer_service.files import FILE_BYTES, Found, MappedFiles, SegmentFiles, identity, path_of
 from buffer_service.promise import keeps, promise
-from buffer_service.redis_address import appendfsync, prefix
+from buffer_service.redis_address import Redis, appendfsync, prefix
 from buffer_service.redis_lease import RedisLease
 from twinrl.core.errors import ConfigError, Rejected, ResumeError, WireError
 from twinrl.core.segment import SOURCES, Schema, Segment

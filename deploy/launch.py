@@ -22,7 +22,7 @@ from deploy.description import describe_job
 from deploy.memory import Memory
 from deploy.processes import Supervisor
 from deploy.run_folder import RunFolder
-from twinrl.config import Config, ReplayConfig, load_config
+from twinrl.config import Config, RedisConfig, ReplayConfig, load_config
 from twinrl.core.errors import ConfigError, DeadlineError, RemoteError, TwinRLError
 from twinrl.core.metrics import Reporter
 from twinrl.core.sockets import free_port, wait_until
@@ -185,6 +185,11 @@ class Job:
                     "run_dir": folder,
                     "address": replay,
                     "redis_url": config.redis.url or "",
+                    "redis_access": _redis_access(config.redis),
+                    "redis_memory_mb": config.replay.redis_memory_mb,
+                    "store": config.replay.store,
+                    "cache_mb": config.replay.cache_mb,
+                    "adopt": config.redis.adopt,
                     "schema": job["schema"],
                     "flush": config.replay.flush,
                     "limiter": {
@@ -260,6 +265,13 @@ class Job:
         self.progress.line(f"{level}: {text}" if level != "info" else text)
         if self.reporter is not None:
             self.reporter.event(level, text)
+
+
+def _redis_access(redis: RedisConfig) -> dict[str, str]:
+    """How to get into a given Redis, beside its address; files by their full names."""
+    names = ("password_file", "tls_ca", "tls_certificate", "tls_key")
+    given = {name: getattr(redis, name) for name in names}
+    return {name: str(Path(path).resolve()) for name, path in given.items() if path}
 
 
 def _capacity(replay: ReplayConfig) -> dict[str, int]:

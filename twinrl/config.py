@@ -30,9 +30,23 @@ class TaskConfig(Section):
 
 
 class RedisConfig(Section):
-    """Where the replay service keeps its index."""
+    """Where the replay service keeps its index (docs/replay.md)."""
 
-    url: str | None = Field(None, description="redis:// or unix:// address; embedded when absent")
+    url: str | None = Field(
+        None,
+        description="redis, rediss, unix, redis+sentinel or redis+cluster address; embedded when absent",
+    )
+    password_file: str | None = Field(
+        None, description="file with the password, for a url without one"
+    )
+    tls_ca: str | None = Field(
+        None, description="certificate of the server's authority, PEM; the system's when absent"
+    )
+    tls_certificate: str | None = Field(None, description="this client's own certificate, PEM")
+    tls_key: str | None = Field(None, description="its key, PEM")
+    adopt: bool = Field(
+        False, description="with store redis: go on with a run whose folder, or host, is lost"
+    )
 
 
 class RayConfig(Section):
@@ -44,8 +58,20 @@ class RayConfig(Section):
 
 
 class ReplayConfig(Section):
-    """The replay service."""
+    """The replay service (docs/replay.md)."""
 
+    store: Literal["files", "redis"] = Field(
+        "files",
+        description="where payload lies: in segment files on the service's host, or in Redis with its index",
+    )
+    redis_memory_mb: int = Field(
+        2048,
+        ge=16,
+        description="limit of the embedded Redis, MB: the index alone, or with store redis the payload too",
+    )
+    cache_mb: int = Field(
+        4096, ge=8, description="with store redis: segment files kept for readers on the host, MB"
+    )
     flush: Literal["everysec", "always", "never"] = Field(
         "everysec",
         description="when payloads are synced: an acknowledged segment survives every process in any case, and the "
