@@ -294,13 +294,11 @@ class Index:
         self, ids: np.ndarray, steps: np.ndarray, values: np.ndarray
     ) -> dict[int, float]:
         """Priorities of the windows that start there; returns those of the segments they lie in."""
+        tables = [table for _, _, table in self._tables.values() if table.by == "priority"]
         touched: dict[int, float] = {}
-        for _, _, table in self._tables.values():
-            if table.by == "priority":
-                touched |= table.set_priorities(ids, steps, values)
-        if (
-            not touched
-        ):  # nobody draws by priority here yet: the segment's mean is what others begin with
+        for table in tables:
+            touched |= table.set_priorities(ids, steps, values)
+        if not tables:  # nobody draws by priority here: the mean is what others begin with
             for id in np.unique(ids).tolist():
                 if id in self.entries:
                     touched[id] = float(values[ids == id].mean())

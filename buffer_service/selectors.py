@@ -208,9 +208,10 @@ class Table:
             self._starts.put(slot, starts)
         if self.by == "priority" and count != before:
             # Windows come and go at the end only: those there were keep what they have.
-            fresh = self._power(self._highest if priority is None else priority)
-            values = np.full(count, fresh)
             known = self._priority.get(slot)
+            if known is not None or priority is None:
+                priority = self._highest
+            values = np.full(count, self._power(priority))
             if known is not None:
                 values[: len(known)] = known[:count]
             self._priority.put(slot, values)

@@ -1,4 +1,4 @@
-"""Records, segment files and windows, without processes."""
+"""Records, segment files and the limiter, without processes."""
 
 import os
 
@@ -9,7 +9,6 @@ from buffer_service import record
 from buffer_service.entry import Entry, describe
 from buffer_service.files import MappedFiles, SegmentFiles, path_of
 from buffer_service.limiter import RateLimiter
-from buffer_service.sampler import Windows, gather, split, window_starts
 from buffer_service.testing import segment
 from twinrl.core.errors import ConfigError, Rejected, WireError
 from twinrl.core.segment import Segment
@@ -88,96 +87,6 @@ def test_a_failed_write_leaves_no_trace(tmp_path, monkeypatch):
     second = files.append(stored(2)[1])
     found = [(f.file, f.offset, f.length) for f in SegmentFiles(tmp_path).scan()]
     assert found == [first, second]
-
-
-@pytest.mark.parametrize(
-    ("end", "frames", "expected"),
-    [
-        ("", None, [0, 1, 2, 3, 4]),
-        ("truncated", None, [0, 1, 2, 3, 4, 5, 6, 7]),
-        ("", [0, 4, 8], [0, 4]),
-        ("", [0, 4], [0]),
-        ("terminated", [0, 4], [0, 4]),
-        ("terminated", [0, 4, 6], [0, 4, 6]),
-        ("truncated", [0, 4, 6], [0]),
-        ("", [2, 5], []),
-    ],
-)
-def test_where_windows_start(end, frames, expected):
-    entry, _ = stored(0, 8, end=end, frames=frames)
-    assert list(window_starts(entry, 4)) == expected
-
-
-def test_windows_carry_the_right_steps_and_masks():
-    table, segments = Windows(4, "twin", None, None), {}
-    cases = {1: {"end": "terminated"}, 2: {"end": "truncated"}, 3: {"frames": [0, 3, 4, 7, 8]}}
-    for id, options in cases.items():
-        entry, segments[id] = stored(100 * id, 8, id=id, **options)
-        table.add(entry)
-    assert len(table) == 8 + 8 + 3
-    windows = table.draw(400, np.random.default_rng(0), None)
-    batch = gather(windows, [segments[w.entry.id] for w in windows], 4)
-    first = 100 * batch["segment"] + batch["step"]
-    offsets = np.arange(4)
-    lengths = np.where(batch["segment"] == 3, 4, np.minimum(4, 8 - batch["step"]))
-    mask = offsets < lengths[:, None]
-    assert (batch["steps"] == lengths).all() and (batch["step_mask"] == mask).all()
-    steps = first[:, None] + offsets
-    assert (batch["action"][..., 3] == steps * mask).all()
-    assert np.allclose(batch["reward"], steps * mask / 10)
-    assert (batch["intervention"] == ((steps % 3 == 0) & mask)).all()
-    assert (batch["observation.state"][:, 0] == first).all()
-    assert (batch["next.observation.state"][:, 2] == first + lengths).all()
-    assert (batch["observation.images.front"][:, 1, 2, 0] == first % 251).all()
-    assert (batch["next.observation.images.wrist"][:, 0, 0, 1] == (first + lengths) % 251).all()
-    last = batch["step"] + lengths == 8
-    assert (batch["terminated"] == (last & (batch["segment"] == 1))).all()
-    assert (batch["truncated"] == (last & (batch["segment"] == 2))).all()
-    assert len({(w.entry.id, w.start) for w in windows}) == 19, "every window is drawn some time"
-
-
-def test_a_terminal_state_without_frame_shows_the_last_one():
-    entry, whole = stored(40, 8, end="terminated", frames=[0, 4])
-    table = Windows(4, "twin", None, None)
-    table.add(entry)
-    windows = [w for w in table.draw(50, np.random.default_rng(0), None) if w.start == 4]
-    batch = gather(windows, [whole] * len(windows), 4)
-    assert (batch["next.observation.images.front"] == 44).all() and batch["terminated"].all()
-    assert (batch["next.observation.state"] == 48).all()
-
-
-def test_a_given_batch_is_filled_in_place():
-    entry, whole = stored(0, 8)
-    table = Windows(4, "twin", None, None)
-    table.add(entry)
-    windows = table.draw(3, np.random.default_rng(0), None)
-    out = gather(windows, [whole] * 3, 4)
-    again = gather(windows[::-1], [whole] * 3, 4, out)
-    assert again["action"] is out["action"]
-    assert again["step"].tolist() == [w.start for w in windows[::-1]]
-
-
-def test_newest_and_removed_segments():
-    table = Windows(4, "twin", None, None)
-    for id in range(1, 6):
-        table.add(stored(0, 8, id=id)[0])
-    table.remove(5)
-    drawn = table.draw(200, np.random.default_rng(0), 2)
-    assert {w.entry.id for w in drawn} == {3, 4}
-
-
-def test_mix_is_kept_and_shares_of_empty_sources_go_to_the_others():
-    generator = np.random.default_rng(0)
-    mix = {"demo": 0.25, "twin": 0.25, "real": 0.5}
-    sizes = {"demo": 5, "twin": 100, "real": 1}
-    assert split(8, mix, sizes, generator) == {"demo": 2, "twin": 2, "real": 4}
-    totals = dict.fromkeys(mix, 0)
-    for _ in range(2000):
-        for source, count in split(5, mix, sizes, generator).items():
-            totals[source] += count
-    assert sum(totals.values()) == 10_000
-    assert abs(totals["demo"] - 2500) < 100 and abs(totals["real"] - 5000) < 100
-    assert split(6, mix, {**sizes, "real": 0}, generator) == {"demo": 3, "twin": 3}
 
 
 def test_limiter_refuses_what_can_deadlock_and_says_why():
