@@ -215,6 +215,11 @@ class RedisStore(FileStore):
             self._gone[entry.id] = reason
         raise FileNotFoundError(f"the payload of segment {entry.id} {reason}")
 
+    def recall(self, entry: Entry) -> Entry:
+        self.raw(entry)
+        with self._guard:
+            return self._fetched.get(entry.id, entry)
+
     def _remember(self, entry: Entry, value: bytes) -> None:
         """Put a fetched record into the cache: `moves` tells readers where it lies."""
         try:

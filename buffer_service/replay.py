@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 TICK = 0.1  # s
 MAX_ENTRIES = 1000  # in one answer
 MAX_FETCH_BYTES = 128 << 20
+MAX_RECALL_BYTES = 32 << 20  # others wait meanwhile
 MAX_PRIORITIES = 10_000  # in one answer
 MAX_IDS = 100_000  # in one request
 MAX_WRITERS = 100_000  # names that a service knows
@@ -82,7 +83,17 @@ class Service:
         self._rows = RowGatherer(schema)
         self._restore_limiter()
         for method in (
-            *("hello", "insert", "allocate", "insert_file", "index", "fetch", "rows", "permit"),
+            *(
+                "hello",
+                "insert",
+                "allocate",
+                "insert_file",
+                "index",
+                "fetch",
+                "recall",
+                "rows",
+                "permit",
+            ),
             *("priorities", "priorities_read", "delete", "cursor_read", "cursor_commit", "info"),
         ):
             server.bind(method, getattr(self, method))
@@ -261,6 +272,25 @@ class Service:
                 total += len(raw)
                 records[str(id)] = np.frombuffer(raw, np.uint8)
         return {"missing": missing}, records
+
+    def recall(self, request: Request) -> dict[str, Any]:
+        """Bring records back into the segment files for a reader on this host: entries with their places, some at a time.
+
+        `missing` were evicted. Without room for one its place is file 0: then it can be fetched.
+        """
+        entries, missing, total = [], [], 0
+        with self._lock:
+            for id in arguments.integers(request.args, "ids", MAX_IDS):
+                if total > MAX_RECALL_BYTES:
+                    break
+                try:
+                    entry = self.store.recall(self.store.entries[id])
+                except (KeyError, FileNotFoundError):
+                    missing.append(id)
+                    continue
+                entries.append(entry)
+                total += entry.length
+        return {"entries": entries, "missing": missing}
 
     def _raw(self, entry: Entry | None) -> memoryview | None:
         """A segment's record; None when it was evicted, or its bytes turn out to be lost."""

@@ -120,6 +120,10 @@ class Store(ABC):
         """The record of a segment. FileNotFoundError when it was evicted."""
 
     @abstractmethod
+    def recall(self, entry: Entry) -> Entry:
+        """The entry with its record's place in this host's files (file 0: there is no room). FileNotFoundError: gone."""
+
+    @abstractmethod
     def flush(self) -> None:
         """What `everysec` does every second."""
 
@@ -205,9 +209,10 @@ class FileStore(Store):
                 f"the payload of the run under {self._prefix!r} lies in Redis: set replay.store to redis"
             )
         if theirs and not mine and self._adopts:
-            mine = {name: theirs[name] for name in ("token", "schema")}
+            # Under a new token: the old folder, if it comes back, is not this run's any more.
+            mine = {"token": secrets.token_hex(8), "schema": theirs["schema"]}
             self._write_identity(path, mine)
-        if theirs and theirs["token"] != mine.get("token"):
+        elif theirs and theirs["token"] != mine.get("token"):
             raise ResumeError(
                 f"Redis already holds another run under {self._prefix!r} (of {theirs['folder']}): "
                 f"start this run under another run.name, or delete those keys{self._adoption}"
@@ -504,6 +509,9 @@ class FileStore(Store):
 
     def raw(self, entry: Entry) -> memoryview:
         return self._mapped.raw(entry.file, entry.offset, entry.length)
+
+    def recall(self, entry: Entry) -> Entry:
+        return entry
 
     def flush(self) -> None:
         self._files.sync()

@@ -178,10 +178,13 @@ def test_another_folder_goes_on_only_where_that_is_wanted(tmp_path, server):
     assert held(again) == [0, 1, 2, 3, 4]
     places = {entry.file for entry in again.moves()}
     assert places and 0 not in places, "what was fetched lies in the cache from now on"
+    for options in ({}, {"adopt": True}):
+        with pytest.raises(ResumeError, match=r"another run .*/b\)"):
+            make("redis", tmp_path / "a", server, **options)
     with pytest.raises(ResumeError, match=r"schema .* run\.name"):
         make("redis", tmp_path / "c", server, schema=BIG, adopt=True)
     with pytest.raises(ResumeError, match=r"set replay\.store to redis"):
-        make("files", tmp_path / "a", server)
+        make("files", tmp_path / "b", server)
 
 
 def test_a_run_of_files_moves_into_redis(tmp_path, server):
@@ -319,6 +322,22 @@ def test_every_segment_arrives_once_and_in_order_whoever_is_killed(bench, victim
     reader.wait(count)
     assert numbers(reader) == list(range(count)) and "lost" not in service.log()
     assert "survives the death of every process" in reader.info()["promise"]
+
+
+def test_a_reader_on_the_host_has_cold_segments_brought_back(bench):
+    bench.service = ServiceProcess(bench.run_dir, BIG, store="redis", cache_mb=8)
+    writer, reader = bench.writer(schema=BIG), bench.reader()
+    for number in range(120):
+        writer.write(*segment(number * STEPS, STEPS, schema=BIG))
+    writer.flush()
+    reader.wait(120)
+    files = bench.run_dir / "replay"
+    wait_until(lambda: sum(p.stat().st_size for p in files.glob("*.seg")) < 12 << 20, 20, "room")
+    assert numbers(reader) == list(range(120))
+    for _ in range(5):
+        batch = reader.sample(64, chunk=4)
+        assert (batch["action"][:, 0, 0] == batch["observation.state"][:, 0]).all()
+    assert reader.mapped and reader.stats()["reader/fetched_bytes"] == 0
 
 
 def test_a_service_on_another_host_takes_over_and_the_first_ends(bench, server, tmp_path):
