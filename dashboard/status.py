@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.padding import Padding
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
@@ -139,7 +140,7 @@ def _head(snapshot: dict[str, Any]) -> RenderableType:
     if promise := newest(snapshot, "replay/promise", "replay"):
         parts.append(Text(f"replay: {promise}", style="dim"))
     bar = ProgressBar(100, 100 * (figures["progress"] or 0.0), width=64)
-    return Group(title, bar, *parts)
+    return Group(title, Padding(bar, 0), *parts)  # a bar alone ends without a new line
 
 
 def _processes(snapshot: dict[str, Any]) -> Table:

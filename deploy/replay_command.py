@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -168,47 +168,63 @@ def _list(reader: Reader, run: Path, arguments: argparse.Namespace) -> int:
         for episode in shown:
             print(json.dumps(episode.row()))
         return 0
-    console = _console()
-    console.print(_episode_table(shown))
     steps, held = sum(e.steps for e in found), sum(e.bytes for e in found)
     count = f"{len(shown):,} of {len(found):,}" if len(shown) < len(found) else f"{len(found):,}"
     more = "; --limit 0 shows all" if len(shown) < len(found) else ""
-    console.print(Text(f"{count} episodes{more}; {steps:,} transitions, {size(held)}", style="dim"))
+    total = Text(f"{count} episodes{more}; {steps:,} transitions, {size(held)}", style="dim")
+    say(_episode_table(shown), total)
     return 0
 
 
-def _console() -> Console:
-    """As wide as the terminal; into a file or a pipe as wide as the content."""
+def say(*parts: RenderableType) -> None:
+    """Print as wide as the terminal is; into a file or a pipe as wide as the content."""
     console = Console(highlight=False)
-    return console if console.is_terminal else Console(highlight=False, width=1000)
+    if console.is_terminal:
+        console.print(*parts, sep="\n")
+        return
+    console = Console(highlight=False, width=10_000)
+    with console.capture() as capture:
+        console.print(*parts, sep="\n")
+    print("\n".join(line.rstrip() for line in capture.get().splitlines()))
 
 
 def _episode_table(found: list[Episode]) -> Table:
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for name in ("episode", "source", "task", "region", "steps", "outcome", "policy", "writer"):
-        table.add_column(name, no_wrap=True, justify="right" if name == "steps" else "left")
-    for name in ("age", "size"):
-        table.add_column(name, no_wrap=True, justify="right")
+    """A row for each; on a narrow terminal without what can be done without, so that names stay whole."""
     now = time.time()
-    for episode in found:
-        first = episode.entries[0]
-        outcome = Text(episode.outcome, style=OUTCOMES[episode.outcome])
-        if episode.marked:
-            outcome.append(f" ({episode.marked})", style="yellow")
-        part = "" if episode.whole else "*"
-        table.add_row(
-            *(Text(each) for each in (episode.name, first.source, first.task, first.region)),
-            f"{part}{episode.steps:,}",
-            outcome,
-            _versions(episode),
-            Text(first.writer),
-            ago(now - episode.time),
-            size(episode.bytes),
-        )
+    columns: dict[str, list[Text]] = {
+        "episode": [Text(e.name) for e in found],
+        "source": [Text(e.entries[0].source) for e in found],
+        "task": [Text(e.entries[0].task) for e in found],
+        "region": [Text(e.entries[0].region) for e in found],
+        "steps": [Text(f"{'' if e.whole else '*'}{e.steps:,}") for e in found],
+        "outcome": [_outcome(e) for e in found],
+        "policy": [Text(_versions(e)) for e in found],
+        "writer": [Text(e.entries[0].writer) for e in found],
+        "age": [Text(ago(now - e.time)) for e in found],
+        "size": [Text(size(e.bytes)) for e in found],
+    }
+    widths = {
+        name: max(len(each) for each in [Text(name), *cells]) for name, cells in columns.items()
+    }
+    console = Console()
+    for name in ("writer", "task", "size") if console.is_terminal else ():
+        if sum(widths[each] + 2 for each in columns) > console.width:
+            del columns[name]
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    for name in columns:
+        justify: Any = "right" if name in ("steps", "age", "size") else "left"
+        table.add_column(name, no_wrap=True, justify=justify)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*row)
     if any(not episode.whole for episode in found):
         table.caption = "* not from the first step on, or with a gap: the rest was evicted"
         table.caption_justify = "left"
     return table
+
+
+def _outcome(episode: Episode) -> Text:
+    outcome = Text(episode.outcome, style=OUTCOMES[episode.outcome])
+    return outcome.append(f" ({episode.marked})", style="yellow") if episode.marked else outcome
 
 
 def _versions(episode: Episode) -> str:
@@ -237,7 +253,7 @@ def _summary(reader: Reader, run: Path, arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(told))
     else:
-        _console().print(render(told))
+        say(render(told))
     return 0
 
 
@@ -285,7 +301,7 @@ def _show(reader: Reader, run: Path, arguments: argparse.Namespace) -> int:
         frames=arguments.frames,
         rate=arguments.fps,
         as_json=arguments.json,
-        console=_console(),
+        say=say,
     )
     return 0
 
@@ -351,7 +367,6 @@ def _delete(reader: Reader, run: Path, arguments: argparse.Namespace) -> int:
             found.append(episode)
         else:
             kept += 1
-    console = _console()
     if kept:
         print(
             f"{kept:,} episodes of people and robots stay: they go only with --source real or demo",
@@ -362,7 +377,7 @@ def _delete(reader: Reader, run: Path, arguments: argparse.Namespace) -> int:
     what = f"{len(found):,} episodes ({len(ids):,} segments, {held})"
     if not arguments.yes:
         if found:
-            console.print(_episode_table(found[-ROWS:][::-1]))
+            say(_episode_table(found[-ROWS:][::-1]))
         tail = "; --yes deletes them for good" if found else ""
         print(f"would delete {what}{tail}")
         return 0

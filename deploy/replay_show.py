@@ -6,11 +6,11 @@ import json
 import os
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -87,9 +87,12 @@ def show(
     frames: int = 48,
     rate: float | None = None,
     as_json: bool = False,
-    console: Console,
+    say: Callable[..., None],
 ) -> None:
-    """Write the contact sheet (into `folder`, or to `png`) or the video `movie`, and print the episode's story."""
+    """Write the contact sheet (into `folder`, or to `png`) or the video `movie`, and print the episode's story.
+
+    `say` prints a table.
+    """
     stretches = load(reader, episode)
     seen, told = track(stretches), story(episode, stretches)
     paths = []
@@ -108,9 +111,9 @@ def show(
     if as_json:
         print(json.dumps({**told, "files": [str(path) for path in paths]}))
         return
-    console.print(_table(told))
+    say(_table(told))
     for path in paths:
-        console.print(Text(str(path), style="bold"), soft_wrap=True)
+        print(path)
 
 
 def _write(path: Path, save: Any) -> None:

@@ -11,7 +11,6 @@ from rich.table import Table
 from rich.text import Text
 
 from buffer_service.client import Reader
-from buffer_service.promise import promise
 from dashboard.statistics import wilson
 from deploy.replay_episodes import FAILURE, SUCCESS, Episode, ago, size
 from twinrl.core.segment import SOURCES
@@ -46,7 +45,7 @@ def summarise(reader: Reader, run: Path, found: list[Episode]) -> dict[str, Any]
         "bytes_on_disk": _on_disk(run),
         "form": info["form"],
         "flush": info["flush"],
-        "promise": info.get("promise") or promise(info["flush"], "everysec", info["form"]),
+        "promise": info["promise"],
         "capacity": {source: info["capacity"].get(source) for source in SOURCES},
         "stored": {source: _held(reader, source) for source in SOURCES},
         "remover": info["remover"],
@@ -137,7 +136,7 @@ def _service(told: dict[str, Any]) -> Table:
 
     row("promise", f"{told['flush']}: {told['promise']}")
     quotas = [
-        f"{source} {size(told['stored'][source])} of {_limit(told['capacity'][source])}"
+        f"{source} {size(told['stored'][source])} {_limit(told['capacity'][source])}"
         for source in SOURCES
     ]
     if any(told["capacity"].values()):
@@ -169,7 +168,7 @@ def _service(told: dict[str, Any]) -> Table:
 
 
 def _limit(capacity: int | None) -> str:
-    return "any size" if not capacity else size(capacity)
+    return f"of {size(capacity)}" if capacity else "without limit"
 
 
 def _removed(remover: str) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 
 from robot_bridge import frames
 from robot_bridge.spool import Entry
+from twinrl.core.provenance import provenance
 from twinrl.core.wire import Arrays
 
 MAX_STEPS = 64  # of one segment
@@ -131,6 +132,7 @@ class Recorder:
             **frames.pack([s.frames for s in seen], self._codec),
         }
         header = dict(self._header, first_step=low, last=high == len(self._steps))
+        header["provenance"] = provenance()  # of this PC; the cluster's side only passes it on
         return {"header": header, "codec": self._codec}, columns
 
     def _policy_columns(self, low: int, high: int) -> dict[str, np.ndarray]:
