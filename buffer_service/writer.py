@@ -6,6 +6,7 @@ On the service's host the payload goes into a segment file and only its place ov
 from __future__ import annotations
 
 import collections
+import logging
 import secrets
 import threading
 import time
@@ -23,6 +24,7 @@ from twinrl.core.provenance import provenance
 from twinrl.core.segment import IMAGE_PREFIX, Schema, Segment, check
 from twinrl.core.sockets import Client
 
+log = logging.getLogger(__name__)
 PROBE_SECONDS = 1.0  # without progress for so long, ask what arrived
 RETRY_SECONDS = 1.0  # pause after the service refused for now (its disk is full)
 HELLO_SECONDS = 2.0  # one try of many
@@ -60,6 +62,16 @@ class _Item:
     @property
     def source(self) -> str:
         return self.segment.header["source"]
+
+    def encode(self, codec: str) -> None:
+        """Encode what images are not yet."""
+        images = {
+            name: codecs.encode(column, codec)
+            for name, column in self.segment.columns.items()
+            if name.startswith(IMAGE_PREFIX) and not isinstance(column, codecs.Encoded)
+        }
+        if images:
+            self.segment = self.segment._replace(columns={**self.segment.columns, **images})
 
     def renumber(self, sequence: int) -> None:
         """Only before it is sent: (writer, sequence) names the segment for ever."""
@@ -144,9 +156,6 @@ class Writer:
         Blocks while the queue is full; DeadlineError after `deadline` s, and then the segment was not taken.
         """
         header = {"provenance": provenance(), **header, "writer": self.writer, "sequence": 0}
-        if self.codec != "raw":
-            images = {n: c for n, c in columns.items() if n.startswith(IMAGE_PREFIX)}
-            columns = {**columns, **{n: codecs.encode(c, self.codec) for n, c in images.items()}}
         segment = Segment(header, columns)
         check(segment, self.schema)
         size = segment.nbytes
@@ -257,6 +266,18 @@ class Writer:
         return f"replay at {self._client.address} acknowledged nothing for {silent:.1f} s"
 
     def _run(self) -> None:
+        try:
+            self._pump()
+        except Exception as error:  # else callers would wait for a thread that is no more
+            log.exception("writer %s cannot go on", self.writer)
+            with self._changed:
+                self._failure = TwinRLError(f"writer {self.writer!r} failed: {error!r}")
+                self._changed.notify_all()
+        finally:
+            if self._files is not None:
+                self._files.forget()
+
+    def _pump(self) -> None:
         while True:
             with self._changed:
                 if self._stop:
@@ -265,8 +286,10 @@ class Writer:
                 if item is None:
                     self._changed.wait(0.2 if self._queue else self._keepalive / 2)
                     continue
+            # Without the lock: callers go on queueing while the bytes are encoded and copied.
+            if self.codec != "raw":
+                item.encode(self.codec)
             if self._files is not None and item.place is None:
-                # Without the lock: callers go on queueing while the bytes are copied.
                 ready = self._put(self._files, item)
             else:
                 ready = True
@@ -274,8 +297,6 @@ class Writer:
                 current = turn == self._turn and self._sent < len(self._queue)
                 if ready and current and self._queue[self._sent] is item:
                     self._send(item)
-        if self._files is not None:
-            self._files.forget()
 
     def _due(self) -> _Item | None:
         """The segment to be sent now; keeps in touch with the service on the way."""
