@@ -7,6 +7,7 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 
+from twinrl.core import sockets
 from twinrl.core.errors import DeadlineError, Rejected, RemoteError, TwinRLError
 from twinrl.core.keys import Keys
 from twinrl.core.metrics import Reporter
@@ -55,6 +56,17 @@ def test_call_with_arrays(serve, connect, address):
     result, arrays = connect(address).call("double", {"a": 1}, {"x": np.arange(4)})
     assert result == {"role": "cluster", "a": 1}
     np.testing.assert_array_equal(arrays["x"], [0, 2, 4, 6])
+
+
+def test_large_answers_that_were_taken_are_forgotten(serve, connect, address, monkeypatch):
+    """A peer that reads on may be given any number of bytes in the course of time."""
+    monkeypatch.setattr(sockets, "MAX_UNREAD_BYTES", 16 << 20)
+    large = np.ones(3 << 20, np.uint8)
+    serve(address, fetch=lambda r: ({}, {"x": large}))
+    client = connect(address)
+    for _ in range(12):
+        _, arrays = client.call("fetch")
+        assert arrays["x"].nbytes == large.nbytes
 
 
 def test_errors_reach_the_caller(serve, connect, address):

@@ -116,15 +116,15 @@ class _Unread:
         waiting = self._peers.get(peer)
         if waiting is None:
             return 0
-        while waiting and waiting[0].tracker.done:
+        while waiting and waiting[0][0].done:
             waiting.popleft()
         if not waiting:
             del self._peers[peer]
-        return sum(len(frame) for frame in waiting)
+        return sum(size for _, size in waiting)
 
     def add(self, peer: bytes, frame: zmq.Frame) -> None:
-        """`frame` is on its way."""
-        self._peers.setdefault(peer, collections.deque()).append(frame)
+        """`frame` is on its way. It is not kept: its tracker waits for everybody who holds it."""
+        self._peers.setdefault(peer, collections.deque()).append((frame.tracker, len(frame)))
 
     def tidy(self) -> None:
         """Forget peers that took all."""
