@@ -331,7 +331,7 @@ class Forge:
             requests[method] = (self.direct.put(self.direct.record()), {})
         method = method or rng.choice(list(requests))
         args, arrays = requests.get(method, ({}, {}))
-        return {"id": case, "method": method, "args": copy.deepcopy(args)}, arrays
+        return {"id": number_of(case), "method": method, "args": copy.deepcopy(args)}, arrays
 
     def wrong(self, rng, case):
         """One argument that is certainly wrong."""
@@ -439,7 +439,7 @@ class Forge:
         else:
             data, how = self._forged(rng, data)
         args = self.direct.put(bytes(data))
-        request = {"id": case, "method": "insert_file", "args": args}
+        request = {"id": number_of(case), "method": "insert_file", "args": args}
         return f"insert_file: {how}", pack(request, {}), None
 
     def _forged(self, rng, data):
@@ -464,7 +464,9 @@ class Forge:
 
     def raw(self, rng, case):
         """No request at all."""
-        good = msgpack.packb([wire.PROTOCOL, {"id": case, "method": "info", "args": {}}, []])
+        good = msgpack.packb(
+            [wire.PROTOCOL, {"id": number_of(case), "method": "info", "args": {}}, []]
+        )
         kinds = {
             "nothing": [b""],
             "noise": [rng.randbytes(rng.choice((1, 10, 1000, 100_000)))],
@@ -474,16 +476,16 @@ class Forge:
             "text of 4 GB": [b"\xdb\xff\xff\xff\xff" + b"x"],
             "deep": [b"\x91" * 100_000 + b"\xc0"],
             "deep id": [packb([wire.PROTOCOL, {"id": "deep", "method": "info", "args": {}}, []])],
-            "deep argument": [packb([wire.PROTOCOL, {"id": case, "method": "hello", "args": "deep"}, []])],
+            "deep argument": [packb([wire.PROTOCOL, {"id": number_of(case), "method": "hello", "args": "deep"}, []])],
             "large": [b"\xdc\xff\xff" + b"\x80" * 65535],
             "larger": [b"\xdd\x00\x20\x00\x00" + b"\x80" * (2 << 20)],
-            "too large": [packb([wire.PROTOCOL, {"id": case, "x": "x" * MAX_REQUEST_HEADER_BYTES}, []])],
-            "other version": [packb([rng.choice((0, 1, 99, -1, "2", None, 2.5)), {"id": case}, []])],
+            "too large": [packb([wire.PROTOCOL, {"id": number_of(case), "x": "x" * MAX_REQUEST_HEADER_BYTES}, []])],
+            "other version": [packb([rng.choice((0, 1, 99, -1, "2", None, 2.5)), {"id": number_of(case)}, []])],
             "more": [good + b"\x00"],
-            "unknown method": [packb([wire.PROTOCOL, {"id": case, "method": rng.choice(("nonsense", "__init__", "close", "")), "args": {}}, []])],
+            "unknown method": [packb([wire.PROTOCOL, {"id": number_of(case), "method": rng.choice(("nonsense", "__init__", "close", "")), "args": {}}, []])],
             "list as header": [packb([wire.PROTOCOL, [1, 2], []])],
-            "arrays as map": [packb([wire.PROTOCOL, {"id": case, "method": "info"}, {}])],
-            "recursive type": [packb([wire.PROTOCOL, {"id": case, "method": "info"}, [["a", [["a", "<f4"]], [1]]]]), b"1234"],
+            "arrays as map": [packb([wire.PROTOCOL, {"id": number_of(case), "method": "info"}, {}])],
+            "recursive type": [packb([wire.PROTOCOL, {"id": number_of(case), "method": "info"}, [["a", [["a", "<f4"]], [1]]]]), b"1234"],
         }  # fmt: skip
         name = rng.choice(list(kinds))
         return name, kinds[name], True
@@ -543,6 +545,11 @@ def wrong_values():
 
 WRONG = tuple(wrong_values())
 PREFIX = struct.Struct("<8sQQdQQ")  # of a record
+
+
+def number_of(case: int) -> int:
+    """The request's id: far from those of other cases, also with a few bits flipped."""
+    return random.Random(case).getrandbits(62)
 
 
 def good_segment(writer: str, sequence: int):
@@ -607,7 +614,7 @@ def test_whatever_is_sent_is_answered_and_nothing_else_happens(service, part, tm
     print(f"seed {SEED}, part {part}")
     honest, peer = Honest(service), Peer(service)
     forge = Forge(peer, SEED)
-    sent: dict[int, tuple[str, float]] = {}
+    sent: dict[int, str] = {}
     strays, memory = 0, 0  # answers that name no case: of requests whose number could not be read
     cases = range(part * CASES, (part + 1) * CASES)
     if "TWINRL_CASE" in os.environ:
@@ -615,7 +622,7 @@ def test_whatever_is_sent_is_answered_and_nothing_else_happens(service, part, tm
 
     def take(answer) -> int | None:
         nonlocal strays
-        if "result" in answer and "insert_file" in sent.get(answer["id"], ("",))[0]:
+        if "result" in answer and "insert_file" in sent.get(answer["id"], ""):
             forge.direct.heard(answer["result"])
         if sent.pop(answer["id"], None) is None:
             strays += 1
@@ -624,13 +631,13 @@ def test_whatever_is_sent_is_answered_and_nothing_else_happens(service, part, tm
     for count, case in enumerate(cases):
         what, frames, must_fail = forge(case)
         story = f"seed {SEED}, case {case}: {what}"
-        sent[case] = (story, time.monotonic())
+        sent[number_of(case)] = story
         peer.send(frames)
         deadline = time.monotonic() + ANSWER_SECONDS
         while must_fail is not False:
             answer = peer.receive(deadline - time.monotonic())
             assert answer is not None, f"no answer to {story}; {service.log()[-2000:]}"
-            if take(answer) in (case, None):
+            if take(answer) in (number_of(case), None):
                 refused = not must_fail or "result" not in answer or answer["result"].get("refused")
                 assert refused, f"{story} was taken: {answer}"
                 break
@@ -644,7 +651,7 @@ def test_whatever_is_sent_is_answered_and_nothing_else_happens(service, part, tm
     deadline = time.monotonic() + ANSWER_SECONDS
     while len(sent) > strays:
         answer = peer.receive(max(deadline - time.monotonic(), 0))
-        assert answer is not None, f"unanswered: {[s for s, _ in sent.values()]}, {strays} unnamed"
+        assert answer is not None, f"unanswered: {list(sent.values())}, {strays} unnamed"
         take(answer)
     assert peer.call("info")["sizes"], "the service still serves"
     growth = own_memory(service.process.pid) - memory
