@@ -30,8 +30,19 @@ class Cursor:
         """`position`: start here instead of where the last commit stands (a checkpoint's own record)."""
         self._reader, self.name, self._filter = reader, name, (source, task)
         kept = reader.call("cursor_read", {"name": name}, reader.deadline)
+        self._last: dict[str, int] = {}  # writer -> its highest sequence number passed by
         self.position = kept["position"] if position is None else position
         self.counts = {key: kept.get(key, 0) for key in ("taken", "skipped", "evicted")}
+
+    @property
+    def position(self) -> int:
+        """The id of the last segment passed by. Setting it starts anew from there."""
+        return self._position
+
+    @position.setter
+    def position(self, id: int) -> None:
+        self._position = id
+        self._last = {}
 
     def take(
         self,
@@ -58,9 +69,12 @@ class Cursor:
                     break
                 chosen.append(entry)
             segments = self._reader.load(chosen)
-            self.position = chosen[-1].id
+            self._position = chosen[-1].id
+            passed = [entry for entry in skipped if entry.id < self._position]
+            for entry in (*chosen, *passed):
+                self._last[entry.writer] = max(self._last.get(entry.writer, -1), entry.sequence)
             here = [segment for segment in segments if segment is not None]
-            self.counts["skipped"] += sum(id < self.position for id in skipped)
+            self.counts["skipped"] += len(passed)
             self.counts["evicted"] += len(segments) - len(here)
             self.counts["taken"] += len(here)
             if here:
@@ -87,19 +101,19 @@ class Cursor:
         max_lag: int | None,
         left: float,
         timeout: float,
-    ) -> tuple[list[Entry], list[int]]:
-        found: tuple[list[Entry], list[int]] = ([], [])
+    ) -> tuple[list[Entry], list[Entry]]:
+        found: tuple[list[Entry], list[Entry]] = ([], [])
 
         def enough() -> bool:
             nonlocal found
             fresh: list[Entry] = []
-            skipped: list[int] = []
-            for entry in self._reader.entries_after(self.position, *self._filter):
+            skipped: list[Entry] = []
+            for entry in self._reader.entries_after(self._position, *self._filter):
+                # A service that lost its newest index entries with its machine gives their segments new ids.
+                if entry.sequence <= self._last.get(entry.writer, -1):
+                    continue
                 late = None not in (current, max_lag) and current - entry.version > max_lag
-                if late:
-                    skipped.append(entry.id)
-                else:
-                    fresh.append(entry)
+                (skipped if late else fresh).append(entry)
             found = (fresh, skipped)
             return len(fresh) >= least
 

@@ -77,6 +77,13 @@ def fields_of(schema: Schema) -> tuple[Field, ...]:
     return tuple(fields)
 
 
+def row_bytes(schema: Schema, chunk: int) -> int:
+    """Bytes of a window of `chunk` steps in a batch, nearly."""
+    return sum(
+        field.nbytes * (chunk if field.name in WINDOW_COLUMNS else 2) for field in fields_of(schema)
+    )
+
+
 def _axis(name: str) -> str:
     if name.startswith(IMAGE_PREFIX):
         return "frame"

@@ -16,7 +16,7 @@ import numpy as np
 from buffer_service import record
 from buffer_service.entry import CUT, Entry
 from buffer_service.files import MappedFiles, identity
-from buffer_service.gather import Batch, decoded, gather
+from buffer_service.gather import Batch, allocate, decoded, gather, row_bytes
 from buffer_service.index import Chosen, Index
 from buffer_service.limiter import ONLINE
 from buffer_service.sampler import Draw, draws
@@ -31,6 +31,7 @@ from twinrl.core.sockets import Client
 FOLLOW_SECONDS = 1.0  # how long the service may hold the question for news
 NEWS_SECONDS = 1.5  # beyond that; a question that met a dying service is never answered
 SILENCE_SECONDS = 5.0  # without an answer for so long, ask anew
+SLOWEST = 2e6  # bytes/s of the slowest link on which an answer is waited for
 PRIORITY_SECONDS = 0.5  # between two messages with priorities
 MAPPED_COST = 16 << 10  # bytes that a decoded segment in a mapped file takes
 
@@ -69,6 +70,7 @@ class Reader:
         folder = Path(hello["folder"]) if run_dir is None else Path(run_dir) / "replay"
         here = identity(folder).get("token") == hello["token"]
         self._mapped = MappedFiles(folder) if here else None
+        self._recalls = here and hello["form"] == "redis"  # the files there are only a cache
         self._index = Index(self.schema)
         # Segments that are no views of mapped files, and those with encoded columns; with what they cost.
         self._decoded: collections.OrderedDict[int, tuple[Segment, int]] = collections.OrderedDict()
@@ -282,12 +284,14 @@ class Reader:
         return self._request(method, args, deadline)[0]
 
     def _request(
-        self, method: str, args: dict[str, Any], deadline: float
+        self, method: str, args: dict[str, Any], deadline: float, nbytes: int = 0
     ) -> tuple[dict[str, Any], wire.Arrays]:
+        """nbytes: of the answer."""
         end = time.monotonic() + deadline
+        silence = SILENCE_SECONDS + nbytes / SLOWEST
         while True:
             try:
-                return self._client.call(method, args, timeout=min(SILENCE_SECONDS, deadline))
+                return self._client.call(method, args, timeout=min(silence, deadline))
             except Rejected:
                 raise
             except (DeadlineError, RemoteError) as error:
@@ -334,7 +338,7 @@ class Reader:
                 addresses = self._addresses(chosen)
         if absent:
             if not whole:
-                return self._ask_rows(chosen, chunk, out, end)
+                return self._ask_rows(chosen, chunk, out)
             held |= self._fetch(absent)
             with self._changed:
                 if not self._adopt(chosen, held):
@@ -424,8 +428,11 @@ class Reader:
     def _fetch(self, entries: list[Entry]) -> dict[int, Segment]:
         """Whole segments from the service, which are kept; those that are evicted are dropped."""
         ids, fetched = {entry.id for entry in entries}, {}
+        nbytes = sum(entry.length for entry in entries)
+        if self._recalls:
+            self._recall(ids, fetched)
         while ids:
-            answer, records = self._request("fetch", {"ids": sorted(ids)}, self.deadline)
+            answer, records = self._request("fetch", {"ids": sorted(ids)}, self.deadline, nbytes)
             here = {int(id): record.decode(raw, verify=True) for id, raw in records.items()}
             fetched |= here
             with self._changed:
@@ -438,25 +445,42 @@ class Reader:
             ids -= {*answer["missing"], *here}
         return fetched
 
-    def _ask_rows(self, chosen: Chosen, chunk: int, out: Batch | None, end: float) -> Batch | None:
+    def _recall(self, ids: set[int], held: dict[int, Segment]) -> None:
+        """Have the service bring segments back into the files on this host; moves what is at hand then to `held`."""
+        asked = sorted(ids)
+        while asked:
+            answer = self._request("recall", {"ids": asked}, self.deadline)[0]
+            entries = [Entry(*fields) for fields in answer["entries"]]
+            with self._changed:
+                for id in answer["missing"]:
+                    self._drop(id)
+                for entry in entries:
+                    if entry.id in self._index.entries:
+                        self._index.put(entry)
+                    if self._hold(entry, held):
+                        ids.discard(entry.id)
+            ids -= set(answer["missing"])
+            done = {*answer["missing"], *(entry.id for entry in entries)}
+            asked = [id for id in asked if id not in done]
+
+    def _ask_rows(self, chosen: Chosen, chunk: int, out: Batch | None) -> Batch | None:
         """The batch as the service gathers it; None when a segment was evicted."""
         windows = chosen.windows
         columns = (windows.id, windows.start, windows.length + windows.extra, windows.second)
         args = {"windows": np.stack(columns, axis=1).tolist(), "chunk": chunk}
-        answer, arrays = self._request("rows", args, max(end - time.monotonic(), 1.0))
+        nbytes = len(windows.id) * row_bytes(self.schema, chunk)
+        answer, arrays = self._request("rows", args, self.deadline, nbytes)
         with self._changed:
             self._counts["fetched"] += sum(array.nbytes for array in arrays.values())
             for id in answer["missing"]:
                 self._drop(id)
         if answer["missing"]:
             return None
-        batch = dict(arrays)
-        instruction = np.array(answer["instructions"])[batch.pop("instruction")]
+        instruction = np.array(answer["instructions"])[arrays["instruction"]]
+        fields, size = self._index.places.fields, len(windows.id)
+        batch = allocate(fields, size, chunk, out, privileged="privileged.state" in arrays)
         for name, array in batch.items():
-            given = None if out is None else out.get(name)
-            if given is not None and given.shape == array.shape and given.dtype == array.dtype:
-                given[...] = array
-                batch[name] = given
+            np.copyto(array, arrays[name])
         return {**batch, "weight": chosen.weight, "instruction": instruction}
 
     def _ask_permit(self, transitions: int, end: float) -> None:

@@ -13,11 +13,11 @@ import numpy as np
 
 from buffer_service import record
 from buffer_service.entry import OPEN, Entry
-from buffer_service.gather import Batch, Places, fields_of, gather
+from buffer_service.gather import Batch, Places, gather, row_bytes
 from buffer_service.sampler import windows_at
 from twinrl.core.arguments import integer
 from twinrl.core.errors import WireError
-from twinrl.core.segment import IMAGE_PREFIX, Schema, Segment
+from twinrl.core.segment import Schema, Segment
 
 MAX_CHUNK = 4096
 MAX_BATCH_BYTES = 448 << 20  # of one answer; a message holds 512 MiB
@@ -30,10 +30,7 @@ def wanted(args: dict[str, Any], schema: Schema) -> tuple[list[Wanted], int]:
     windows = args.get("windows")
     if not isinstance(windows, list) or not windows:
         raise WireError("the request lacks 'windows', a list of [segment, start, length, second]")
-    row = sum(
-        field.nbytes * (2 if field.name.startswith(IMAGE_PREFIX) else 1 + chunk)
-        for field in fields_of(schema)
-    )
+    row = row_bytes(schema, chunk)
     if len(windows) * row > MAX_BATCH_BYTES:
         raise WireError(
             f"{len(windows)} windows of {row} bytes, at most {MAX_BATCH_BYTES // row} in one answer"
