@@ -230,7 +230,8 @@ def test_the_example_of_the_documentation():
     for name in sorted(new.tensors):
         tensor = new.tensors[name]
         state.update(f"{name}|{new.forms[name]}|{tensor.shape}|".encode())
-        state.update(tensor.tobytes())
+        if tensor.size:  # one block each: they are smaller than 8 MiB
+            state.update(xxhash.xxh3_64_intdigest(tensor.tobytes()).to_bytes(8, "little"))
     assert state.intdigest() == head["checksum"]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import twinrl.weights
 import twinrl.weights_slots
 from twinrl.core.errors import DeadlineError, TwinRLError, WireError
 from twinrl.weights import Weights, checksum, make_weights
@@ -155,7 +156,8 @@ def test_a_stopped_process_keeps_what_it_reads_and_a_dead_one_does_not(publisher
 
 def test_training_goes_on_while_a_version_is_sent(tmp_path, monkeypatch):
     """The arrays change as soon as `publish` returns: no version ever has a value of another."""
-    monkeypatch.setattr(twinrl.weights_slots, "BLOCK", 1 << 14)
+    for module in (twinrl.weights, twinrl.weights_slots):
+        monkeypatch.setattr(module, "BLOCK", 1 << 14)
     publisher, folder = Publisher(tmp_path / "slots"), tmp_path / "slots"
     seen, stop = [], threading.Event()
 

@@ -14,8 +14,8 @@ A blob, little endian; a snapshot is a difference to zeros:
              then byte 1, and so on
     last 8   u64 XXH3-64 of everything before
 
-A difference names only the tensors that changed. `checksum` is XXH3-64 over `name|form|shape|` and the (rounded)
-bytes of every tensor, in order of names: what a member has after decoding is compared with it.
+A difference names only the tensors that changed. `checksum` is that of all (rounded) tensors with their forms, see
+twinrl.weights.checksum: what a member has after decoding is compared with it.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ import msgpack
 import numpy as np
 import zstandard
 
-from twinrl.core.checksum import digest, digest_of
+from twinrl.core.checksum import digest
 from twinrl.core.errors import WireError
-from twinrl.weights import compare, parts
+from twinrl.weights import checksum, compare
 
 MAGIC = b"TWD1"
 HEAD = struct.Struct("<4sI")
@@ -81,7 +81,7 @@ def round_weights(version: int, arrays: Mapping[str, np.ndarray]) -> Rounded:
         small = array.dtype != np.float32 or array.size <= EXACT
         forms[name] = array.dtype.newbyteorder("<").str if small else BF16
         tensors[name] = np.array(array, forms[name], order="C") if small else to_bf16(array)
-    return Rounded(version, tensors, forms, rounded_checksum(tensors, forms))
+    return Rounded(version, tensors, forms, checksum(tensors, forms))
 
 
 def restore(rounded: Rounded) -> dict[str, np.ndarray]:
@@ -112,13 +112,6 @@ def from_bf16(words: np.ndarray) -> np.ndarray:
     bits = words.astype("<u4")
     bits <<= np.uint32(16)
     return bits.view("<f4")
-
-
-def rounded_checksum(tensors: Mapping[str, np.ndarray], forms: Mapping[str, str]) -> int:
-    """The checksum of a rounded set."""
-    return digest_of(
-        part for name in sorted(tensors) for part in parts(name, tensors[name], forms[name])
-    )
 
 
 def encode(new: Rounded, base: Rounded | None = None) -> bytes:
@@ -184,7 +177,7 @@ def decode(blob: Any, base: Rounded | None = None, limit: int = LIMIT) -> Rounde
             changed ^= _bytes(tensors[name])
         tensors[name], forms[name] = changed.view(dtype).reshape(shape), form
         start += nbytes
-    compare(version, rounded_checksum(tensors, forms), published)
+    compare(version, checksum(tensors, forms), published)
     return Rounded(version, tensors, forms, published)
 
 

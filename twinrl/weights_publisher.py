@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from twinrl.core.checksum import digest_of
+from twinrl.core.checksum import digest
 from twinrl.core.errors import DeadlineError, TwinRLError
+from twinrl.weights import packed
 from twinrl.weights_slots import SlotWriter
 
 KEEP = 3  # newest versions that stay, for actors that are just loading them
@@ -112,7 +113,7 @@ class Publisher:
 
     def _hand_out(self, version: int, slot: Any, table: list[Any], copied: Any) -> None:
         try:
-            checksum = digest_of(_arriving(copied))
+            checksum = digest(*_digested(copied))
         except _Stopped:  # `publish` raises the reason itself
             self._writer.give_back(slot)
             return
@@ -132,11 +133,12 @@ class _Stopped(Exception):
     """The copy was not completed."""
 
 
-def _arriving(copied: queue.SimpleQueue) -> Iterator[Any]:
+def _digested(copied: queue.SimpleQueue) -> Iterator[bytes]:
+    """What the checksum covers: labels as they come, blocks by their digests."""
     while (part := copied.get()) is not None:
         if isinstance(part, BaseException):
             raise _Stopped
-        yield part
+        yield part if isinstance(part, bytes) else packed(digest(part))
 
 
 def _failed(version: int, error: Exception) -> TwinRLError:

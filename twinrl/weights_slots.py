@@ -112,19 +112,14 @@ class Slot:
         return True
 
     def fill(self, arrays: Mapping[str, np.ndarray], table: list[Any]) -> Iterator[Any]:
-        """Copy `arrays` in, giving what the checksum covers as soon as it is copied."""
+        """Copy `arrays` in, giving labels (bytes) and blocks as soon as they are copied, for the checksum."""
         for name, dtype, shape, offset in table:
-            source = np.asarray(arrays[name])
-            target = np.frombuffer(self.memory, dtype, math.prod(shape), offset)
+            source = np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8)
+            target = np.frombuffer(self.memory, np.uint8, source.size, offset)
             yield label(name, dtype, shape)
-            if not source.flags.c_contiguous:
-                np.copyto(target.reshape(shape), source)
-                yield target.view(np.uint8)
-                continue
-            flat, target = source.reshape(-1).view(np.uint8), target.view(np.uint8)
-            for start in range(0, flat.size, BLOCK):
+            for start in range(0, source.size, BLOCK):
                 block = target[start : start + BLOCK]
-                np.copyto(block, flat[start : start + BLOCK])
+                np.copyto(block, source[start : start + BLOCK])
                 yield block
 
     def seal(self, version: int, checksum: int, table: bytes, path: Path) -> None:

@@ -1,0 +1,440 @@
+"""What a version of the weights costs on its way: into actors of this host, of the learner's time, over a slow link.
+
+    python -m benchmarks.weights [--quick] [--rows channel,stall,link] [--json FILE]
+
+channel  500 MB from `publish` until the first of n Ray actors has them, compared with their checksum, as views;
+         against numpy's copy of as many bytes, in the same rounds. Beside it Ray's object store, put from the same
+         arrays and checked by the reader. Rounds before every file and map exists are rows of their own ("first").
+stall    updates of a real network with Adam, a version published after each; what `publish` takes of them, and how
+         much slower they are than without.
+link     one Adam step of a 50 MB model to a member behind a 20 Mbit/s link (a token bucket in a process of its own):
+         from `publish` until it has the new version, decoded and compared. Sizes at other learning rates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks._slow_link import SlowLink
+from benchmarks.replay import machine
+from twinrl.weights import checksum
+from twinrl.weights_publisher import KEEP, Publisher
+from twinrl.weights_slots import slots_folder
+
+CROWDS = (1, 4, 16)  # actors
+WARM = KEEP + 3  # rounds until each file was written and mapped once
+MBIT_S = 20.0
+RATES = (3e-4, 3e-5, 3e-6)
+WIDTH = 2048  # of the network: 12.6 million parameters, 50 MB
+BATCH = 256  # the default of real_rl.batch_size
+Row = dict[str, Any]
+
+
+def make_arrays(nbytes: int) -> dict[str, np.ndarray]:
+    """`nbytes` in matrices of 20 MB."""
+    rng, count = np.random.default_rng(0), nbytes // 20_000_000
+    each = rng.normal(0, 0.02, (nbytes // count // 4 // 1000, 1000)).astype(np.float32)
+    return {f"layer{i}.weight": each + np.float32(i) for i in range(count)}
+
+
+def copy_seconds(arrays: dict[str, np.ndarray], into: dict[str, np.ndarray]) -> float:
+    """One plain copy of the set, between memory that was touched before."""
+    start = time.perf_counter()
+    for name, array in arrays.items():
+        np.copyto(into[name], array)
+    return time.perf_counter() - start
+
+
+class Member:
+    """An actor that waits for weights and says when it has them."""
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+
+    def adopt(self, newer_than: int) -> float:
+        """The system-wide monotonic time at which a newer version is here and compared."""
+        weights = self._source.wait(newer_than, 120.0)
+        now = time.monotonic()
+        assert weights.verified and len(weights.arrays) > 1
+        return now
+
+    def adopt_object(self, boxed: list[Any], published: int) -> float:
+        """The same for an object of Ray's store."""
+        import ray
+
+        arrays = ray.get(boxed[0])
+        assert checksum(arrays) == published
+        return time.monotonic()
+
+
+@contextmanager
+def cluster(store_mb: int) -> Iterator[str]:
+    """A local Ray and a run's folder."""
+    import ray
+
+    os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112
+    ray.init(
+        num_cpus=2,
+        object_store_memory=store_mb << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+    )
+    try:
+        with tempfile.TemporaryDirectory(prefix="weights-") as folder:
+            yield folder
+    finally:
+        ray.shutdown()
+
+
+def channel(quick: bool) -> list[Row]:
+    """Into the first of n actors of this host."""
+    import shutil
+
+    nbytes, rounds = (100_000_000, 3) if quick else (500_000_000, 7)
+    arrays = make_arrays(nbytes)
+    into = {name: np.zeros_like(array) for name, array in arrays.items()}
+    copy_seconds(arrays, into)
+    rows: list[Row] = []
+    with cluster(100) as folder:
+        try:
+            for actors in CROWDS:
+                rows += _crowd(folder, arrays, into, actors, rounds)
+        finally:
+            shutil.rmtree(slots_folder(folder), ignore_errors=True)
+    with cluster(nbytes * 5 >> 20):
+        rows += _objects(arrays, into, 1, rounds)
+    return rows
+
+
+def _crowd(folder: str, arrays: Any, into: Any, actors: int, rounds: int) -> list[Row]:
+    import ray
+
+    from deploy.ray_weights import STORE, RayWeightSink, RayWeightSource, WeightStore
+
+    store = ray.remote(WeightStore).options(name=STORE, num_cpus=0).remote(folder)
+    sink = RayWeightSink(folder)
+    kind = ray.remote(Member).options(num_cpus=0)
+    members = [kind.remote(RayWeightSource(folder)) for _ in range(actors)]
+    rows, version = [], sink.newest()
+    for number in range(WARM + rounds):
+        waiting = [member.adopt.remote(version) for member in members]
+        time.sleep(0.3 + 0.05 * actors)  # all wait
+        copied = copy_seconds(arrays, into)
+        version += 1
+        start = time.monotonic()
+        sink.publish(version, arrays)
+        lost = time.monotonic() - start
+        there = sorted(at - start for at in ray.get(waiting, timeout=120))
+        sink.flush()
+        rows.append(
+            {
+                "rows": "channel",
+                "what": "shared memory" if number >= WARM else "shared memory, first",
+                "actors": actors,
+                "MB": sum(a.nbytes for a in arrays.values()) / 1e6,
+                "memcpy_ms": copied * 1e3,
+                "publish_ms": lost * 1e3,
+                "first_ms": there[0] * 1e3,
+                "last_ms": there[-1] * 1e3,
+                "vs_memcpy": copied / there[0],
+            }
+        )
+    sink.close()
+    for actor in (store, *members):
+        ray.kill(actor)
+    while _there(STORE):
+        time.sleep(0.05)
+    return rows
+
+
+def _there(name: str) -> bool:
+    import ray
+
+    try:
+        ray.get_actor(name)
+    except ValueError:
+        return False
+    return True
+
+
+def _objects(arrays: Any, into: Any, actors: int, rounds: int) -> list[Row]:
+    """The way before: the caller puts, the actor gets."""
+    import ray
+
+    members = [ray.remote(Member).options(num_cpus=0).remote(None) for _ in range(actors)]
+    rows, kept = [], []
+    for number in range(
+        WARM + 4 + rounds
+    ):  # Ray's allocator needs longer until all pages are touched
+        copied = copy_seconds(arrays, into)
+        start = time.monotonic()
+        reference = ray.put(arrays)
+        lost = time.monotonic() - start
+        kept = [*kept, reference][-KEEP:]
+        published = checksum(arrays)
+        there = ray.get([m.adopt_object.remote([reference], published) for m in members])
+        rows.append(
+            {
+                "rows": "channel",
+                "what": "Ray's store" if number >= WARM + 4 else "Ray's store, first",
+                "actors": actors,
+                "memcpy_ms": copied * 1e3,
+                "publish_ms": lost * 1e3,
+                "first_ms": (min(there) - start) * 1e3,
+                "vs_memcpy": copied / (min(there) - start),
+            }
+        )
+    return rows
+
+
+class Network:
+    """A plain regression that Adam trains: every parameter gets a gradient in every step."""
+
+    def __init__(self, width: int, rate: float, layers: int = 3) -> None:
+        import torch
+
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+        sizes = [torch.nn.Linear(width, width) for _ in range(layers)]
+        modules = [m for linear in sizes for m in (linear, torch.nn.GELU())][:-1]
+        self.module = torch.nn.Sequential(*modules)
+        self._target = torch.nn.Linear(width, width)
+        self._optimiser = torch.optim.Adam(self.module.parameters(), rate, fused=True)
+        self._width, self._torch = width, torch
+
+    def update(self, batch: int) -> None:
+        """One step on `batch` fresh examples."""
+        seen = self._torch.randn(batch, self._width)
+        with self._torch.no_grad():
+            wanted = self._target(seen).tanh()
+        loss = (self.module(seen) - wanted).square().mean()
+        self._optimiser.zero_grad()
+        loss.backward()
+        self._optimiser.step()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Views of the parameters."""
+        return {k: v.detach().numpy() for k, v in self.module.state_dict().items()}
+
+
+def stall(quick: bool) -> list[Row]:
+    """What publishing takes of updates, each of which is published."""
+    sizes = ((WIDTH, 6),) if quick else ((WIDTH, 12), (6455, 3))  # 50 and 500 MB
+    return [row for width, updates in sizes for row in _stall(Network(width, 3e-5), updates)]
+
+
+def _stall(network: Network, updates: int) -> list[Row]:
+    rows = []
+    nbytes = sum(array.nbytes for array in network.arrays().values())
+    with tempfile.TemporaryDirectory(prefix="weights-") as folder:
+        publisher = Publisher(slots_folder(folder))
+        version = -1
+        for _ in range(WARM):
+            version += 1
+            publisher.publish(version, network.arrays())
+            publisher.flush()
+        network.update(BATCH)
+        for _ in range(3):
+            plain = [_timed(lambda: network.update(BATCH)) for _ in range(updates)]
+            with_it, lost = [], []
+            for _ in range(updates):
+                version += 1
+                lost.append(_timed(lambda v=version: publisher.publish(v, network.arrays())))
+                with_it.append(lost[-1] + _timed(lambda: network.update(BATCH)))
+            rows.append(
+                {
+                    "rows": "stall",
+                    "MB": nbytes / 1e6,
+                    "update_ms": statistics.median(plain) * 1e3,
+                    "with_publish_ms": statistics.median(with_it) * 1e3,
+                    "publish_ms": statistics.median(lost) * 1e3,
+                    "share": statistics.median(lost) / statistics.median(plain),
+                    "slower": statistics.median(with_it) / statistics.median(plain) - 1,
+                }
+            )
+        publisher.close(remove=True)
+    return rows
+
+
+def link(quick: bool) -> list[Row]:
+    """One Adam step over a slow link, and how large it is at other learning rates."""
+    rows = [_over_link(3e-5, 20 if quick else 100, 3)]
+    return rows[0] + [_sizes(rate, 20 if quick else 100) for rate in RATES]
+
+
+def _sizes(rate: float, steps: int) -> Row:
+    from twinrl.weights_delta import encode, round_weights
+
+    network = Network(WIDTH, rate)
+    for _ in range(steps):
+        network.update(64)
+    before = round_weights(0, network.arrays())
+    network.update(64)
+    after = round_weights(1, network.arrays())
+    start = time.perf_counter()
+    delta = encode(after, before)
+    took, snapshot = time.perf_counter() - start, encode(after)
+    changed = sum(int((after.tensors[n] != before.tensors[n]).sum()) for n in after.tensors)
+    return {
+        "rows": "link",
+        "what": "sizes",
+        "rate": rate,
+        "steps_before": steps,
+        "changed": changed / sum(array.size for array in after.tensors.values()),
+        "bf16_MB": after.nbytes / 1e6,
+        "snapshot_MB": len(snapshot) / 1e6,
+        "delta_MB": len(delta) / 1e6,
+        "ratio": after.nbytes / len(delta),
+        "encode_ms": took * 1e3,
+    }
+
+
+def _over_link(rate: float, steps: int, rounds: int) -> list[Row]:
+    from robot_bridge import protocol
+    from robot_bridge.gateway import Gateway
+    from twinrl.core.keys import Keys, create_keys
+    from twinrl.core.segment import Schema
+    from twinrl.core.sockets import free_port
+    from twinrl.weights_client import WeightClient
+
+    schema = Schema(state_dim=3, privileged_dim=0, cameras=(), image_size=16, chunk=2)
+    job = protocol.make_job(schema, {"run": "bench", "task": "none", "instruction": ""})
+    network = Network(WIDTH, rate)
+    for _ in range(steps):
+        network.update(64)
+    with tempfile.TemporaryDirectory(prefix="weights-") as folder:
+        create_keys(Path(folder) / "keys")
+        publisher, port = Publisher(slots_folder(folder)), free_port()
+        gateway = Gateway(folder, f"tcp://127.0.0.1:{port}", "", "tcp://127.0.0.1:1", job).start()
+        slow = SlowLink(port, MBIT_S)
+        key = Keys.load(Path(folder) / "keys/robot.key")
+        member = WeightClient(f"tcp://127.0.0.1:{slow.port}", key)
+        rows = []
+        for version in range(rounds + 1):
+            if version:
+                network.update(64)
+            before = member.stats()
+            start = time.perf_counter()
+            publisher.publish(version, network.arrays())
+            member.wait(version - 1, 120.0)
+            seconds = time.perf_counter() - start
+            nbytes = member.stats()["weights/bytes"] - before["weights/bytes"]
+            rows.append(
+                {
+                    "rows": "link",
+                    "what": "step" if version else "snapshot",
+                    "rate": rate,
+                    "steps_before": steps,
+                    "seconds": seconds,
+                    "sent_MB": nbytes / 1e6,
+                    "link_alone_s": nbytes * 8 / MBIT_S / 1e6,
+                }
+            )
+        member.close()
+        slow.cut()
+        gateway.close()
+        publisher.close(remove=True)
+    return rows
+
+
+def _timed(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def figures(rows: list[Row]) -> dict[str, float]:
+    """Medians of the rows, by the keys that stay."""
+
+    def middle(key: str, **which: Any) -> float | None:
+        found = [r[key] for r in rows if all(r.get(k) == v for k, v in which.items())]
+        return statistics.median(found) if found else None
+
+    found: dict[str, float | None] = {}
+    for actors in CROWDS:
+        mine = {"rows": "channel", "what": "shared memory", "actors": actors}
+        found[f"weights_vs_memcpy_{actors}"] = middle("vs_memcpy", **mine)
+        found[f"weights_first_ms_{actors}"] = middle("first_ms", **mine)
+        found[f"weights_last_ms_{actors}"] = middle("last_ms", **mine)
+    found["weights_vs_memcpy_ray_store"] = middle("vs_memcpy", rows="channel", what="Ray's store")
+    found["memcpy_ms"] = middle("memcpy_ms", rows="channel", what="shared memory")
+    sizes = {row["MB"] for row in rows if row["rows"] == "stall"}
+    shares = [middle("share", rows="stall", MB=size) for size in sizes]
+    found["publish_stall"] = max((s for s in shares if s is not None), default=None)
+    found["publish_slower"] = max(
+        (middle("slower", rows="stall", MB=size) or 0.0 for size in sizes), default=None
+    )
+    found["delta_20mbit_s"] = middle("seconds", rows="link", what="step")
+    found["snapshot_20mbit_s"] = middle("seconds", rows="link", what="snapshot")
+    for rate in RATES:
+        found[f"delta_ratio_{rate:g}"] = middle("ratio", rows="link", what="sizes", rate=rate)
+    return {key: value for key, value in found.items() if value is not None}
+
+
+GROUPS = {"channel": channel, "stall": stall, "link": link}
+GOALS = {
+    **{f"weights_vs_memcpy_{actors}": (">=", 0.5) for actors in CROWDS},
+    "publish_stall": ("<=", 0.02),
+    "delta_20mbit_s": ("<=", 3.0),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure, print a table, write the JSON file."""
+    parser = argparse.ArgumentParser(prog="benchmarks.weights", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="smaller and within two minutes")
+    parser.add_argument("--rows", default=",".join(GROUPS), help="groups, default: %(default)s")
+    parser.add_argument("--json", metavar="FILE", help="rows of other groups in FILE stay")
+    options = parser.parse_args(arguments)
+    names = options.rows.split(",")
+    if unknown := [name for name in names if name not in GROUPS]:
+        parser.error(f"no rows {unknown[0]!r}; there are {', '.join(GROUPS)}")
+    given = sys.argv[1:] if arguments is None else arguments
+    report: dict[str, Any] = {"rows": [], "groups": {}}
+    if options.json and Path(options.json).exists():
+        report |= json.loads(Path(options.json).read_text())
+    for name in names:
+        load = os.getloadavg()[0]
+        rows = GROUPS[name](options.quick)
+        for row in rows:
+            print(
+                "  ".join(
+                    f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()
+                )
+            )
+        report["rows"] = [row for row in report["rows"] if row["rows"] != name] + rows
+        report["groups"][name] = {
+            "command": shlex.join(["python", "-m", "benchmarks.weights", *given]),
+            "load_before": round(load, 2),
+            "load_after": round(os.getloadavg()[0], 2),
+        }
+    command = shlex.join(["python", "-m", "benchmarks.weights", *given])
+    found = figures(report["rows"])
+    report = {"machine": machine(), "command": command, "figures": found, **report}
+    report["figures"] = found
+    print()
+    for key, value in found.items():
+        sign, goal = GOALS.get(key, ("", 0.0))
+        reached = value >= goal if sign == ">=" else value <= goal
+        verdict = f"{sign} {goal:g}  {'reached' if reached else 'MISSED'}" if sign else ""
+        print(f"{key:<30}{value:10.4g}  {verdict}")
+    if options.json:
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
