@@ -34,9 +34,15 @@ def load(reader: Reader, episode: Episode) -> list[list[Segment]]:
     return [[segment for segment in each if segment is not None] for each in stretches]
 
 
+def seen_of(episode: Episode, stretches: list[list[Segment]]) -> Track:
+    """The track of an episode; one that the service closed ends with its last step, as the index says."""
+    seen = track(stretches)
+    return seen._replace(ended="truncated") if episode.marked and not seen.ended else seen
+
+
 def story(episode: Episode, stretches: list[list[Segment]]) -> dict[str, Any]:
     """Everything that is known about where an episode comes from, as plain values."""
-    seen = track(stretches)
+    seen = seen_of(episode, stretches)
     segments = [segment for each in stretches for segment in each]
     first = segments[0].header
     written: list[dict[str, Any]] = []  # segments of one process in one stretch of time
@@ -94,7 +100,7 @@ def show(
     `say` prints a table.
     """
     stretches = load(reader, episode)
-    seen, told = track(stretches), story(episode, stretches)
+    seen, told = seen_of(episode, stretches), story(episode, stretches)
     paths = []
     if movie is not None:
         if not seen.images:
@@ -158,7 +164,11 @@ def _table(told: dict[str, Any]) -> Table:
     row("episode", told["episode"])
     row("task", f"{told['task']}, {told['region'].upper()}: {told['instruction']}")
     row("source", told["source"] + (f", robot {told['robot']}" if "robot" in told else ""))
-    row("outcome", told["ended"] + (f", closed by {told['marked']}" if told["marked"] else ""))
+    row(
+        "outcome",
+        told["ended"]
+        + (f", closed by {told['marked']}: the writer was lost" if told["marked"] else ""),
+    )
     whole = "" if told["whole"] else f", {first}-{last}; not everything of it is stored"
     row("steps", f"{told['steps']} ({told['seconds']:.1f} s){whole}")
     row("return", f"{told['return']:.3f}")

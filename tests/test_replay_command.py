@@ -26,6 +26,7 @@ from deploy.replay_episodes import Selection, ago, episodes, find, moment, size,
 from deploy.replay_sheet import MARGIN, TAKEOVER, WIDTH, choose, sheet
 from twinrl.core.errors import ConfigError, TwinRLError
 from twinrl.core.segment import Segment
+from twinrl.core.sockets import wait_until
 from twinrl.main import main
 
 pytestmark = pytest.mark.timeout(120)
@@ -476,6 +477,27 @@ def test_an_episode_with_a_gap_is_listed_shown_and_exported_as_such(filled, tmp_
         assert names == ["twin-1-2.from00000.npz", "twin-1-2.from00016.npz"]
         with np.load(tmp_path / "data" / names[1]) as file:
             np.testing.assert_array_equal(file["step"], np.arange(16, 24))
+
+
+def test_an_episode_of_a_lost_writer_is_marked(tmp_path):
+    """The service closed it: it counts as a failure, and its export ends truncated."""
+    service, run = ServiceProcess(tmp_path / "run", lease=1.0), tmp_path / "run"
+    try:
+        with Writer(service.address, service.keys(), "w", schema=SCHEMA) as writer:
+            writer.write(*segment(0, STEPS, episode="cut off"))
+        wait_until(lambda: rows(run, "list", "--marked"), 30, "the end of the lease")
+        (row,) = rows(run, "list", "--marked", "--failure")
+        assert row["episode"] == "cut off" and row["marked"] == "lease"
+        assert "closed for a lost writer" in twinrl(run)
+        assert "failure (lease)" in twinrl(run, "list")
+        assert "failed (truncated), closed by lease" in twinrl(run, "show", "cut off")
+        twinrl(run, "export", tmp_path / "data")
+        with np.load(tmp_path / "data" / "cut off.npz") as file:
+            assert file["truncated"].tolist() == [False] * (STEPS - 1) + [True]
+            assert json.loads(str(file["header"]))["finished"]
+    finally:
+        service.stop()
+        service.process.stdout.close()
 
 
 # Against the folder of a stopped run.
