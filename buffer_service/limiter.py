@@ -9,6 +9,8 @@ Sampling waits until `min_size` transitions came in, and while it would push the
 
 from __future__ import annotations
 
+import math
+
 from twinrl.core.errors import ConfigError, Rejected
 
 ONLINE = ("twin", "real")
@@ -27,7 +29,16 @@ class RateLimiter:
         """`error` and `largest_batch` in transitions; refuses settings with which both sides would wait."""
         if min_size < 0:
             raise ConfigError(f"min_size is {min_size}, must not be negative")
+        if largest_batch < 0:
+            raise ConfigError(f"largest_batch is {largest_batch}, must not be negative")
+        if error is not None and not 0 <= error < math.inf:
+            raise ConfigError(f"error is {error:g}, must be a number of transitions")
         if samples_per_insert is not None:
+            if not samples_per_insert < math.inf:
+                raise ConfigError(
+                    f"samples_per_insert is {samples_per_insert:g}: nothing could ever be inserted; "
+                    "it must be finite, or None for no ratio"
+                )
             if samples_per_insert <= 0:
                 raise ConfigError(
                     f"samples_per_insert is {samples_per_insert:g}: nothing could ever be sampled; "

@@ -18,6 +18,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PATTERNS = (
     (re.compile(r"^robot/(?P<robot>[^/]+)/(?P<rest>.+)$"), "robot/{rest}"),
     (re.compile(r"^replay/transitions/(?P<source>[^/]+)$"), "replay/transitions"),
+    (re.compile(r"^replay/waited_s/(?P<client>.+)$"), "replay/waited_s"),
     (
         re.compile(
             r"^eval/(?P<stage>[^/]+)/(?P<world>[^/]+)/(?P<region>[^/_]+)(?P<rest>_low|_high|_n|)$"

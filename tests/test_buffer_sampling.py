@@ -1,6 +1,7 @@
 """What is drawn and how batches are made, without processes: windows, distributions, weights, the limiter's words."""
 
 import gc
+import threading
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from buffer_service.entry import CUT, OPEN, TERMINATED, Entry, describe
 from buffer_service.gather import Batch, copy_rows, gather
 from buffer_service.index import Index
+from buffer_service.limiter import RateLimiter
+from buffer_service.polls import Polls
 from buffer_service.rows import gather_from, wanted
 from buffer_service.sampler import Draw, discounted, draws, split, window_starts
 from buffer_service.selectors import Ragged, SumTree, Table
@@ -605,3 +608,74 @@ def test_a_mix_refuses_what_makes_no_sense():
         draws([Draw()], "lift", None, None, "uniform")
     with pytest.raises(ConfigError, match="sources are"):
         draws({"dream": 1.0}, None, None, None, "uniform")
+
+
+# -- who waits -------------------------------------------------------------------------------------------
+
+
+def test_waits_are_told_and_counted_over_repeated_questions(monkeypatch):
+    """A client asks for a second at a time: what it is told and what is counted runs from its first question."""
+    now = [100.0]
+    monkeypatch.setattr("buffer_service.polls.time.monotonic", lambda: now[0])
+    polls, may = Polls(threading.RLock()), []
+
+    def ready(late):
+        return {"granted": bool(may)} if may or late else None
+
+    for _ in range(4):
+        future = polls.add(ready, 1.0, "learner", lambda: "" if may else "too few inserts")
+        now[0] += 1.0
+        assert polls.waiting() == [f"learner waits {now[0] - 100:.1f} s: too few inserts"]
+        assert polls.waited() == {"learner": pytest.approx(now[0] - 100)}
+        polls.answer()
+        assert future.result(0) == {"granted": False}
+    future = polls.add(ready, 1.0, "learner", lambda: "" if may else "too few inserts")
+    now[0] += 0.5
+    may.append(True)
+    polls.answer()
+    assert future.result(0) == {"granted": True}
+    now[0] += 50
+    assert polls.waiting() == [] and polls.waited() == {"learner": pytest.approx(4.5)}
+    may.clear()
+    polls.add(ready, 1.0, "writer w", lambda: "too few samples")
+    now[0] += 2.0
+    polls.answer()
+    now[0] += 60.0
+    assert polls.waited() == {"learner": pytest.approx(4.5), "writer w": pytest.approx(2.0)}
+    polls.add(ready, 1.0, "learner", lambda: "too few inserts")
+    assert polls.waited()["learner"] == pytest.approx(4.5), "a new wait begins with nothing"
+
+
+@pytest.mark.parametrize("ratio", [0.01, 0.5, 1.0, 3.0, 64.0])
+@pytest.mark.parametrize("batch", [0, 1, 64, 1000])
+@pytest.mark.parametrize("inserted", [1, 50, 400])
+def test_the_narrowest_bounds_that_are_taken_let_one_side_go_on(ratio, batch, inserted):
+    """At the least error that is not refused; one insert may bring any number of steps, also before min_size."""
+    least = max(batch / 2, ratio)
+    with pytest.raises(ConfigError, match="can deadlock"):
+        RateLimiter(ratio, min_size=10, error=least * 0.99, largest_batch=batch)
+    limiter = RateLimiter(ratio, min_size=10, error=least, largest_batch=batch)
+    size, generator = max(batch, 1), np.random.default_rng(0)
+    for _ in range(500):
+        may_insert = not limiter.why_not_insert()
+        may_sample = size <= 2 * least and not limiter.why_not_sample(size)
+        assert may_insert or may_sample or size > 2 * least
+        if may_insert and (not may_sample or generator.random() < 0.5):
+            limiter.inserted += inserted
+        elif may_sample:
+            limiter.sampled += size
+        else:
+            break
+
+
+def test_a_limiter_names_every_setting_that_cannot_be():
+    with pytest.raises(ConfigError, match="must not be negative"):
+        RateLimiter(min_size=-1)
+    for ratio in (0.0, -2.0, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="samples_per_insert"):
+            RateLimiter(samples_per_insert=ratio)
+    with pytest.raises(ConfigError, match="error"):
+        RateLimiter(1.0, error=float("nan"))
+    with pytest.raises(ConfigError, match="largest_batch"):
+        RateLimiter(1.0, largest_batch=-5)
+    assert RateLimiter(min_size=5).why_not_sample(10) and not RateLimiter().why_not_sample(10)
