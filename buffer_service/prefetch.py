@@ -19,8 +19,8 @@ TURN_SECONDS = 1.0  # the longest that drawing waits at a time, so that `close` 
 class Prefetcher:
     """An iterator over batches that a thread of its own draws, `depth` of them ahead, into arrays that it reuses.
 
-    A batch is good until the next one is asked for. What is drawn ahead does not know of what came in since:
-    `depth` batches late. Its random numbers are its own, so the same seed draws the same from the same index.
+    It begins when the first is asked for. A batch is good until the next one is asked for. What is drawn ahead does
+    not know of what came in since: `depth` + 1 batches. Its random numbers are its own, so the same seed draws the same from the same index.
     """
 
     def __init__(
@@ -50,10 +50,9 @@ class Prefetcher:
         self._failure: BaseException | None = None
         self._trouble = ""
         self._stop = threading.Event()
-        self.batches, self.wait_s = 0, 0.0
+        self.batches, self.wait_s, self.last_wait_s = 0, 0.0, 0.0
         self._begin: float | None = None  # of the first question
         self._thread = threading.Thread(target=self._run, name="prefetch", daemon=True)
-        self._thread.start()
 
     def __iter__(self) -> Prefetcher:
         return self
@@ -61,14 +60,17 @@ class Prefetcher:
     def __next__(self) -> Batch:
         """The next batch. DeadlineError says what it waited for; what ended the thread is raised here too."""
         since = time.monotonic()
-        self._begin = self._begin or since
+        if self._begin is None and not self._stop.is_set():
+            self._begin = since
+            self._thread.start()
         if self._in_use is not None:
             self._spare.put(self._in_use)
             self._in_use = None
         try:
             batch = self._wait(since + self._deadline)
         finally:
-            self.wait_s += time.monotonic() - since
+            self.last_wait_s = time.monotonic() - since
+            self.wait_s += self.last_wait_s
         self.batches += 1
         self._in_use = batch
         return batch
@@ -93,7 +95,8 @@ class Prefetcher:
     def close(self) -> None:
         """End the thread; batches that were made ahead are lost."""
         self._stop.set()
-        self._thread.join(self._reader.deadline + 10)
+        if self._begin is not None:
+            self._thread.join(self._reader.deadline + 10)
 
     def __enter__(self) -> Prefetcher:
         return self

@@ -51,6 +51,7 @@ class Learner:
         self._stage, self._progress = "idle", 0.0
         self._updates = self._batches = 0
         self._losses: dict[str, float] = {}
+        self.data_waited = self._clock_waited = 0.0  # s that stages waited for batches or segments
         self._clock, self._clock_updates, self._clock_batches = time.monotonic(), 0, 0
         self._publishing = self._clock_publishing = 0.0  # s
         self.reporter = make_reporter("learner", self.stats)
@@ -182,9 +183,11 @@ class Learner:
             "learner/updates_per_s": (updates - self._clock_updates) / span,
             "learner/batches_per_s": (batches - self._clock_batches) / span,
             "learner/publish_share": (self._publishing - self._clock_publishing) / span,
+            "learner/data_wait": (self.data_waited - self._clock_waited) / span,
             "policy/version": self.version,
         }
         self._clock_publishing = self._publishing
+        self._clock_waited = self.data_waited
         self._clock, self._clock_updates, self._clock_batches = now, updates, batches
         if self._stage != "idle":
             data.update({f"loss/{key}": value for key, value in self._losses.items()})

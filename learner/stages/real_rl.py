@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from buffer_service.client import Prefetcher
 from learner.algorithms.chunk_q import ChunkQ, ChunkQConfig
 from learner.algorithms.sft import ImitationData
 from learner.dataset import windows
@@ -46,6 +47,25 @@ def real_rl(
         algorithm.load_state_dict(state["chunk_q"])
     imitation = _Imitation(learner)
     learner.publish()
+    with Prefetcher(reader, batch_size, mix=mix) as batches:
+        updates, due = _train(
+            learner, algorithm, imitation, batches, name, updates_per_step, publish_every
+        )
+    learner.publish()
+    learner.save(name, {"chunk_q": algorithm.state_dict()})
+    return {"updates": updates, "real_transitions": imitation.real_steps, "due": due}
+
+
+def _train(
+    learner: Learner,
+    algorithm: ChunkQ,
+    imitation: _Imitation,
+    batches: Prefetcher,
+    name: str,
+    updates_per_step: float,
+    publish_every: int,
+) -> tuple[int, int]:
+    """Update until the stage is stopped; returns how many updates were made in all, and how many were due."""
     updates, saved, leaving = algorithm.step, time.monotonic(), None
     while True:
         imitation.refresh()
@@ -57,7 +77,8 @@ def real_rl(
         if updates >= due:
             time.sleep(IDLE)
             continue
-        batch = _with_ids(reader.sample(batch_size, mix=mix))
+        batch = _with_ids(next(batches))
+        learner.data_waited += batches.last_wait_s
         metrics = algorithm.update(batch, imitation.data)
         updates += 1
         learner.note(metrics, updates / max(due, 1))
@@ -66,9 +87,7 @@ def real_rl(
         if time.monotonic() - saved > CHECKPOINT_SECONDS or learner.checkpoint_asked():
             saved = time.monotonic()
             learner.save(f"{name}-running", {"chunk_q": algorithm.state_dict()})
-    learner.publish()
-    learner.save(name, {"chunk_q": algorithm.state_dict()})
-    return {"updates": updates, "real_transitions": imitation.real_steps, "due": due}
+    return updates, due
 
 
 class _Imitation:

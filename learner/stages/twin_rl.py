@@ -83,6 +83,7 @@ def _take(learner: Learner, cursor: Cursor, segments: int, max_lag: int) -> list
     """The next segments; none when the stage is to end. Waits in short turns, so that it hears of that."""
     deadline = time.monotonic() + WAIT
     while not learner.stopping:
+        since = time.monotonic()
         try:
             return cursor.take(
                 min_segments=segments,
@@ -93,6 +94,8 @@ def _take(learner: Learner, cursor: Cursor, segments: int, max_lag: int) -> list
         except DeadlineError:
             if time.monotonic() > deadline:
                 raise
+        finally:
+            learner.data_waited += time.monotonic() - since
     return []
 
 
