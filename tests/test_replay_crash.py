@@ -1,7 +1,7 @@
 """Kill -9 of service, Redis, writers and readers in random order under load: nothing acknowledged is lost.
 
 This file is also the program of the writers and readers, which are processes of their own. TWINRL_LONG=1 kills
-for 5 minutes instead of 20 s; TWINRL_SEED repeats a sequence of kills.
+for 5 minutes instead of 15 s; TWINRL_SEED repeats a sequence of kills.
 """
 
 import collections
@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from buffer_service.client import Cursor, Reader, Writer
-from buffer_service.testing import SCHEMA, runs, segment
+from buffer_service.testing import SCHEMA, segment
 from deploy import processes
 from deploy.processes import Supervisor
 from twinrl.core.errors import DeadlineError, TwinRLError
@@ -27,7 +27,7 @@ from twinrl.core.keys import Keys
 from twinrl.core.sockets import wait_until
 
 LONG = bool(os.environ.get("TWINRL_LONG"))
-SECONDS = 300 if LONG else 20
+SECONDS = 300 if LONG else 15  # for each form of the store
 STEPS, SEGMENTS = 8, 4  # of an episode
 # Every writer's path and codec. Values say who wrote them: f(writer, episode, step).
 WRITERS = ((True, "raw"), (False, "raw"), (True, "zstd"), (False, "zstd"))
@@ -186,12 +186,12 @@ def supervised(tmp_path, monkeypatch):
         run.supervisor.close()
 
 
-@pytest.mark.parametrize("form", ["files"])
+@pytest.mark.parametrize("form", ["files", "redis"])
 def test_what_was_acknowledged_is_there_once_and_in_order_whoever_is_killed(supervised, form):
     seed = int(os.environ.get("TWINRL_SEED", secrets.randbelow(1 << 30)))
     print(f"TWINRL_SEED={seed}")
     generator = random.Random(seed)
-    run = supervised()
+    run = supervised("--store", form)
     wait_until(lambda: len(run.acknowledged()) > 100, 60, "the first acknowledgements")
     killed: collections.Counter[str] = collections.Counter()
     end = time.monotonic() + SECONDS
@@ -202,6 +202,8 @@ def test_what_was_acknowledged_is_there_once_and_in_order_whoever_is_killed(supe
             run.kill(victim)
             killed[victim] += 1
     run.finish()
+    deaths = sum("was killed by SIGKILL" in text for _, text in run.events)
+    assert deaths > 0.7 * (killed.total() - killed["redis"]) > 3, (deaths, killed)
     wrong = [text for _, text in run.events if "AssertionError" in text]
     assert not wrong, wrong[0]
     address, keys = connection(run.run_dir)
@@ -231,22 +233,6 @@ def verify(reader: Reader, acknowledged: list[list]) -> None:
     assert len(acknowledged) > 500
     for name, sequence, *place in acknowledged:
         assert stored.get((name, sequence)) == tuple(place), f"{name} number {sequence}"
-
-
-def test_the_supervisor_brings_everything_back(supervised):
-    """The kills do what they say: without this the test above could pass by killing nobody."""
-    run = supervised()
-    wait_until(lambda: len(run.acknowledged()) > 20, 60, "the first acknowledgements")
-    before = run.supervisor.pids()
-    redis = int((run.run_dir / "redis/redis.pid").read_text())
-    for victim in (*before, "redis"):
-        run.kill(victim)
-    wait_until(lambda: not any(map(runs, [*before.values(), redis])), 20, "their end")
-    count = len(run.acknowledged())
-    wait_until(lambda: len(run.acknowledged()) > count + 200, 90, "acknowledgements afterwards")
-    after = run.supervisor.pids()
-    assert set(after) == set(before) and not set(after.values()) & set(before.values())
-    run.finish()
 
 
 if __name__ == "__main__":
