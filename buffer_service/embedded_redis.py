@@ -30,6 +30,7 @@ from buffer_service.redis_address import (
     Redis,
     information,
 )
+from buffer_service.redis_log import repair
 from twinrl.core.errors import ConfigError, TwinRLError
 
 log = logging.getLogger(__name__)
@@ -93,9 +94,19 @@ class EmbeddedRedis:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> Redis:
-        """Start the server, wait until its data is loaded, and connect."""
+        """Start the server, wait until its data is loaded, and connect. Repairs what a power cut left of its log."""
         self._end_predecessor()
         binary = self._binary()
+        try:
+            return self._start(binary)
+        except TwinRLError:
+            cut = None if self.alive() else repair(self.folder / "appendonlydir")
+            if cut is None:
+                raise
+            log.error("the end of %s was damaged: %d bytes are cut off and kept beside it", *cut)
+        return self._start(binary)
+
+    def _start(self, binary: str) -> Redis:
         command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), binary]
         self._process = subprocess.Popen(
             [*command, str(self._write_configuration())],
@@ -117,7 +128,9 @@ class EmbeddedRedis:
             except AWAY as error:
                 if not self.alive():
                     raise TwinRLError(
-                        f"{binary} ended at once; the end of its log:\n{self._log_tail()}"
+                        f"{binary} ended at once; the end of its log:\n{self._log_tail()}\n"
+                        f"If its data is damaged, move {self.folder} aside: the index is made again from "
+                        "the segment files, without cursors and priorities"
                     ) from None
                 if time.monotonic() > deadline:
                     raise TwinRLError(
