@@ -143,6 +143,7 @@ class Service:
             "form": self.store.form,
             "flush": self.store.flush_policy,
             "lease": self._lease,
+            "limited": self.limiter.samples_per_insert is not None,
         }
         if args.get("writer") is not None:
             writer, session = _writer(args), _session(args)
@@ -431,6 +432,7 @@ class Service:
                 "replay/repeats": before["repeats"],
                 "replay/waiting": len(waiting),
                 "replay/waiting_for": "; ".join(waiting),
+                **{f"replay/waited_s/{who}": s for who, s in self._polls.waited().items()},
             }
 
     # What the three threads share.
@@ -451,9 +453,9 @@ class Service:
 
     def _check_session(self, writer: str, session: str | None) -> None:
         self._admit(writer)
+        self._heard[writer] = time.monotonic()  # robots' segments come through the gateway, without
         if session is None:
             return
-        self._heard[writer] = time.monotonic()
         if self._sessions.setdefault(writer, session) != session:
             raise Rejected(
                 f"the writer name {writer!r} was taken over by a newer process: "

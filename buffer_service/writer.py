@@ -6,6 +6,7 @@ On the service's host the payload goes into a segment file and only its place ov
 from __future__ import annotations
 
 import collections
+import itertools
 import logging
 import secrets
 import threading
@@ -27,6 +28,7 @@ from twinrl.core.sockets import Client
 log = logging.getLogger(__name__)
 PROBE_SECONDS = 1.0  # without progress for so long, ask what arrived
 RETRY_SECONDS = 1.0  # pause after the service refused for now (its disk is full)
+LIMITED_WINDOW = 4  # segments under way where a rate limiter holds writers back
 HELLO_SECONDS = 2.0  # one try of many
 WHEN_FULL = ("block", "drop_oldest")
 DROPPABLE = "twin"  # what people and robots did is never dropped
@@ -75,7 +77,7 @@ class _Item:
 
     def renumber(self, sequence: int) -> None:
         """Only before it is sent: (writer, sequence) names the segment for ever."""
-        self.sequence, self.record = sequence, None
+        self.sequence, self.record, self.place = sequence, None, None
         self.segment = self.segment._replace(header={**self.segment.header, "sequence": sequence})
 
 
@@ -92,15 +94,16 @@ class Writer:
         writer: str,
         *,
         schema: Schema,
-        window: int = 16,
+        window: int = 128,
+        window_bytes: int = 32 << 20,
         queue_bytes: int = 256 << 20,
         deadline: float = 30.0,
         codec: str = "raw",
         when_full: str = "block",
         direct: bool = True,
     ) -> None:
-        """`writer`: a name that no other process writes under. At most `window` segments are under way and
-        `queue_bytes` unacknowledged; `deadline` (s) bounds the greeting, `write` and `flush`.
+        """`writer`: a name that no other process writes under. At most `window` segments of together
+        `window_bytes` are under way and `queue_bytes` unacknowledged; `deadline` (s) bounds the greeting, `write` and `flush`.
 
         codec: of camera images, one of `twinrl.core.codec.CODECS`. when_full: what `write` does when the queue
         is full: "block", or "drop_oldest" twin segments that were not sent yet. direct: write into the service's
@@ -110,7 +113,8 @@ class Writer:
             raise ConfigError(f"when_full is {when_full!r}, must be one of {', '.join(WHEN_FULL)}")
         self.writer, self.schema, self.deadline = writer, schema, deadline
         self.codec = codecs.check_codec(codec)
-        self._window, self._queue_bytes, self._when_full = window, queue_bytes, when_full
+        self._window, self._window_bytes = window, window_bytes
+        self._queue_bytes, self._when_full = queue_bytes, when_full
         self._client = Client("replay", address, keys, timeout=deadline)
         self._session = secrets.token_hex(8)
         self._hello = {"digest": schema.digest(), "writer": writer, "session": self._session}
@@ -120,6 +124,8 @@ class Writer:
             self._client.close()
             raise
         self._keepalive = answer["lease"] / 4  # s
+        if answer["limited"]:  # what is under way goes beyond the limiter's bound
+            self._window = min(self._window, LIMITED_WINDOW)
         self._files: DirectFiles | None = None
         if direct and DirectFiles.possible(answer["folder"], answer["token"]):
             self._files = DirectFiles(Path(answer["folder"]))
@@ -258,6 +264,8 @@ class Writer:
         self._blocked += time.monotonic() - since
 
     def _reason(self) -> str:
+        if self._failure is not None:
+            return str(self._failure)
         silent = time.monotonic() - self._progress
         if self._held:
             return self._held
@@ -351,6 +359,9 @@ class Writer:
 
     def _may_send(self) -> bool:
         if self._sent >= min(len(self._queue), self._window) or self._failure is not None:
+            return False
+        under_way = sum(item.nbytes for item in itertools.islice(self._queue, self._sent))
+        if under_way >= self._window_bytes:
             return False
         if not self._held or self._queue[self._sent].segment.header["source"] != "twin":
             return True
