@@ -112,7 +112,7 @@ def test_drop_oldest_drops_twins_only_and_counts_them(bench):
 
     wait_until(held, 20, "the limiter to hold inserts: the queue fills")
     assert writer.stats()["writer/dropped"] > 0
-    with pytest.raises(DeadlineError, match="room in the queue.*inserting waits"):
+    with pytest.raises(DeadlineError, match=r"room in the queue.*inserting waits"):
         write(writer, 20_000, 20_020, source="real")  # never dropped: the queue stays full of them
     reader = bench.reader(deadline=30.0)
     writer.deadline = 30.0
