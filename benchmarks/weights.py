@@ -5,8 +5,8 @@
 channel  500 MB from `publish` until the first of n Ray actors has them, compared with their checksum, as views;
          against numpy's copy of as many bytes, in the same rounds. Beside it Ray's object store, put from the same
          arrays and checked by the reader. Rounds before every file and map exists are rows of their own ("first").
-stall    updates of a real network with Adam, a version published after each; what `publish` takes of them, and how
-         much slower they are than without.
+stall    updates of a plain network with Adam, a version published after each, and of the demo's policy, which is
+         published every 50 updates: what `publish` takes of them, and how much slower they are than without.
 link     one Adam step of a 50 MB model to a member behind a 20 Mbit/s link (a token bucket in a process of its own):
          from `publish` until it has the new version, decoded and compared. Sizes at other learning rates.
 """
@@ -30,6 +30,7 @@ import numpy as np
 
 from benchmarks._slow_link import SlowLink
 from benchmarks.replay import machine
+from twinrl.config import load_config
 from twinrl.weights import checksum
 from twinrl.weights_publisher import KEEP, Publisher
 from twinrl.weights_slots import slots_folder
@@ -104,7 +105,7 @@ def channel(quick: bool) -> list[Row]:
     """Into the first of n actors of this host."""
     import shutil
 
-    nbytes, rounds = (100_000_000, 3) if quick else (500_000_000, 7)
+    nbytes, rounds = (100_000_000, 3) if quick else (500_000_000, 9)
     arrays = make_arrays(nbytes)
     into = {name: np.zeros_like(array) for name, array in arrays.items()}
     copy_seconds(arrays, into)
@@ -231,13 +232,56 @@ class Network:
         return {k: v.detach().numpy() for k, v in self.module.state_dict().items()}
 
 
+class DemoPolicy:
+    """The demo's policy, and the cheapest of its updates: the flow head's, on a frozen encoder."""
+
+    def __init__(self) -> None:
+        import torch
+
+        from deploy.description import describe_job
+        from learner.algorithms.sft import SFT, SFTConfig
+        from learner.dataset import Windows
+        from policies.registry import make_policy
+        from policies.weights import to_arrays
+
+        torch.manual_seed(0)
+        torch.set_num_threads(1)
+        policy = describe_job(load_config("configs/demo.yaml"))["policy"]
+        rng, n, size, chunk = np.random.default_rng(0), 512, policy["image_size"], policy["chunk"]
+        images = {
+            f"observation.images.{camera}": rng.integers(0, 256, (n, size, size, 3), np.uint8)
+            for camera in policy["cameras"]
+        }
+        state = rng.normal(size=(n, policy["state_dim"])).astype(np.float32)
+        action = rng.normal(0, 0.01, (n, chunk, 7)).astype(np.float32)
+        data = Windows(
+            images, state, action, np.ones((n, chunk), np.float32), np.zeros(n, int), ["go"] * n
+        )
+        self.policy, self._to_arrays = make_policy(policy), to_arrays
+        self.policy.fit_actions(action.reshape(-1, 7))
+        self._algorithm = SFT(self.policy, SFTConfig(shares={"demo": 1.0}), data, 0)
+
+    def update(self, batch: int) -> None:
+        """One step; `batch` windows are the algorithm's own default."""
+        assert batch == self._algorithm.config.batch
+        self._algorithm.update()
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What the learner publishes."""
+        return self._to_arrays(self.policy)
+
+
 def stall(quick: bool) -> list[Row]:
     """What publishing takes of updates, each of which is published."""
+    every = load_config("configs/demo.yaml").real_rl.publish_every
+    rows = _stall("demo's policy, SFT", DemoPolicy(), 10 if quick else 30, every)
     sizes = ((WIDTH, 6),) if quick else ((WIDTH, 12), (6455, 3))  # 50 and 500 MB
-    return [row for width, updates in sizes for row in _stall(Network(width, 3e-5), updates)]
+    for width, updates in sizes:
+        rows += _stall(f"3 x {width} x {width}", Network(width, 3e-5), updates)
+    return rows
 
 
-def _stall(network: Network, updates: int) -> list[Row]:
+def _stall(what: str, network: Any, updates: int, every: int = 1) -> list[Row]:
     rows = []
     nbytes = sum(array.nbytes for array in network.arrays().values())
     with tempfile.TemporaryDirectory(prefix="weights-") as folder:
@@ -258,11 +302,13 @@ def _stall(network: Network, updates: int) -> list[Row]:
             rows.append(
                 {
                     "rows": "stall",
+                    "what": what,
                     "MB": nbytes / 1e6,
                     "update_ms": statistics.median(plain) * 1e3,
                     "with_publish_ms": statistics.median(with_it) * 1e3,
                     "publish_ms": statistics.median(lost) * 1e3,
-                    "share": statistics.median(lost) / statistics.median(plain),
+                    "every": every,
+                    "share": statistics.median(lost) / statistics.median(plain) / every,
                     "slower": statistics.median(with_it) / statistics.median(plain) - 1,
                 }
             )
@@ -372,12 +418,11 @@ def figures(rows: list[Row]) -> dict[str, float]:
         found[f"weights_last_ms_{actors}"] = middle("last_ms", **mine)
     found["weights_vs_memcpy_ray_store"] = middle("vs_memcpy", rows="channel", what="Ray's store")
     found["memcpy_ms"] = middle("memcpy_ms", rows="channel", what="shared memory")
-    sizes = {row["MB"] for row in rows if row["rows"] == "stall"}
-    shares = [middle("share", rows="stall", MB=size) for size in sizes]
+    whats = {row["what"]: row["every"] for row in rows if row["rows"] == "stall"}
+    shares = [middle("share", rows="stall", what=what) for what in whats]
     found["publish_stall"] = max((s for s in shares if s is not None), default=None)
-    found["publish_slower"] = max(
-        (middle("slower", rows="stall", MB=size) or 0.0 for size in sizes), default=None
-    )
+    slower = [middle("slower", rows="stall", what=w) for w, every in whats.items() if every == 1]
+    found["publish_slower"] = max((s for s in slower if s is not None), default=None)
     found["delta_20mbit_s"] = middle("seconds", rows="link", what="step")
     found["snapshot_20mbit_s"] = middle("seconds", rows="link", what="snapshot")
     for rate in RATES:

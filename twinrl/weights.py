@@ -22,9 +22,8 @@ class Weights(NamedTuple):
     version: int  # raised by the learner with each publish
     arrays: dict[str, np.ndarray]
     checksum: int  # of `arrays`, see `checksum`
-    verified: bool = (
-        False  # whoever made this has compared the checksum, and nothing can have changed since
-    )
+    # Whoever made this has compared the checksum, and nothing can have changed since.
+    verified: bool = False
 
     def verify(self) -> None:
         """Raise WireError unless the arrays are the ones that were published."""

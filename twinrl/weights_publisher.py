@@ -16,7 +16,7 @@ import numpy as np
 
 from twinrl.core.checksum import digest
 from twinrl.core.errors import DeadlineError, TwinRLError
-from twinrl.weights import packed
+from twinrl.weights import BLOCK, packed
 from twinrl.weights_slots import SlotWriter
 
 KEEP = 3  # newest versions that stay, for actors that are just loading them
@@ -72,8 +72,14 @@ class Publisher:
         copied: queue.SimpleQueue = queue.SimpleQueue()
         self._jobs.put((version, slot, table, copied))
         try:
+            # By the block: each hand-over wakes the other thread, which then wants the interpreter, too.
+            ready: list[Any] = []
             for part in slot.fill(arrays, table):
-                copied.put(part)
+                ready.append(part)
+                if len(part) == BLOCK:
+                    copied.put(ready)
+                    ready = []
+            copied.put(ready)
         except BaseException as error:
             copied.put(error)
             raise
@@ -135,10 +141,11 @@ class _Stopped(Exception):
 
 def _digested(copied: queue.SimpleQueue) -> Iterator[bytes]:
     """What the checksum covers: labels as they come, blocks by their digests."""
-    while (part := copied.get()) is not None:
-        if isinstance(part, BaseException):
+    while (ready := copied.get()) is not None:
+        if isinstance(ready, BaseException):
             raise _Stopped
-        yield part if isinstance(part, bytes) else packed(digest(part))
+        for part in ready:
+            yield part if isinstance(part, bytes) else packed(digest(part))
 
 
 def _failed(version: int, error: Exception) -> TwinRLError:
