@@ -18,6 +18,7 @@ _MIN_PRIORITY = 1e-6  # nothing that may be drawn has weight 0
 _MAX_EXPONENT = 500.0  # of the freshness weights, before they are scaled anew
 _BELOW_ONE = float(np.nextafter(1.0, 0.0))
 _MIN_SCALE = 1e-290
+_TOP = 1024  # leaves of the part of a sum tree that is searched by bisection
 _BLOCK = 8192  # slots whose windows are summed together
 
 
@@ -75,8 +76,14 @@ class SumTree:
         return node - self.leaves, np.clip(rest / weight, 0.0, _BELOW_ONE)
 
     def _descend(self, value: np.ndarray, careful: bool) -> tuple[np.ndarray, np.ndarray]:
-        tree, node, rest = self._tree, np.ones(len(value), np.int64), value.copy()
-        for _ in range(self.leaves.bit_length() - 1):
+        tree = self._tree
+        top = min(self.leaves, _TOP)  # a level that is searched at once
+        weight = tree[top : 2 * top]
+        sums = np.cumsum(weight)
+        node = np.searchsorted(sums, np.minimum(value, np.nextafter(sums[-1], 0.0)), side="right")
+        rest = np.clip(value - (sums - weight)[node], 0.0, weight[node])
+        node += top
+        for _ in range(self.leaves.bit_length() - top.bit_length()):
             node <<= 1
             left = tree[node]
             right = rest >= left
@@ -231,13 +238,7 @@ class Table:
 
     def draw(self, count: int, generator: np.random.Generator, newest: int | None = None) -> Drawn:
         """`count` windows with repetition; of the `newest` segments only, when given. There must be one."""
-        self._refresh()
-        low, windows = 0.0, self.windows
-        if newest is not None and newest < len(self._slot):
-            first = self._nth_newest(newest)
-            low = self._tree.before(first)
-            windows = int(self._count[first : self._used].sum())
-        high = self._tree.total
+        low, high, windows = self._stretch(newest)
         value = low + generator.random(count) * (high - low)
         slots, share = self._tree.find(np.minimum(value, np.nextafter(high, 0.0)))
         if self.by == "priority":
@@ -285,6 +286,32 @@ class Table:
         mean = (weights * valid).sum(axis=1) / self._count[touched]
         priority = mean ** (1 / self.exponent) if self.exponent else np.ones(len(mean))
         return dict(zip(self._id[touched].tolist(), priority.tolist(), strict=True))
+
+    def weigh(self, newest: int | None = None) -> tuple[int, float]:
+        """(windows, their total weight), of the `newest` segments only, when given.
+
+        Of freshness, what comes in now would weigh 1.
+        """
+        low, high, windows = self._stretch(newest)
+        now = 1.0
+        if self.by == "fresh":
+            now = 2.0 ** ((self._position - self._reference) / self.half_life)
+        return windows, max(high - low, 0.0) / now if windows else 0.0
+
+    def newest(self, number: int) -> np.ndarray:
+        """The ids of the `number` newest segments with windows, oldest first."""
+        first = self._nth_newest(number) if number < len(self._slot) else 0
+        return self._id[first : self._used][self._count[first : self._used] > 0]
+
+    def _stretch(self, newest: int | None) -> tuple[float, float, int]:
+        """(begin, end, windows) of all segments, or of the `newest`, on the scale of the tree."""
+        self._refresh()
+        low, windows = 0.0, self.windows
+        if newest is not None and newest < len(self._slot):
+            first = self._nth_newest(newest)
+            low = self._tree.before(first)
+            windows = int(self._count[first : self._used].sum())
+        return low, self._tree.total, windows
 
     def _power(self, priority: float | np.ndarray) -> np.ndarray:
         return np.maximum(priority, _MIN_PRIORITY) ** self.exponent
