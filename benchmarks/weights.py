@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -42,6 +42,25 @@ RATES = (3e-4, 3e-5, 3e-6)
 WIDTH = 2048  # of the network: 12.6 million parameters, 50 MB
 BATCH = 256  # the default of real_rl.batch_size
 Row = dict[str, Any]
+
+
+class Size(NamedTuple):
+    """How much is measured."""
+
+    nbytes: int = 500_000_000  # of the set that actors get
+    crowds: tuple[int, ...] = CROWDS
+    rounds: int = 9
+    demo_updates: int = 30
+    networks: tuple[tuple[int, int], ...] = (
+        (WIDTH, 12),
+        (6455, 3),
+    )  # width, updates: 50 and 500 MB
+    width: int = WIDTH  # of the network behind the link
+    steps: int = 100  # of Adam before the one that is sent
+
+
+QUICK = Size(100_000_000, rounds=3, demo_updates=10, networks=((WIDTH, 6),), steps=20)
+TINY = Size(20_000_000, (1,), 1, 2, ((64, 2),), 256, 2)  # for the tests
 
 
 def make_arrays(nbytes: int) -> dict[str, np.ndarray]:
@@ -69,7 +88,7 @@ class Member:
         """The system-wide monotonic time at which a newer version is here and compared."""
         weights = self._source.wait(newer_than, 120.0)
         now = time.monotonic()
-        assert weights.verified and len(weights.arrays) > 1
+        assert weights.verified and weights.arrays
         return now
 
     def adopt_object(self, boxed: list[Any], published: int) -> float:
@@ -101,23 +120,22 @@ def cluster(store_mb: int) -> Iterator[str]:
         ray.shutdown()
 
 
-def channel(quick: bool) -> list[Row]:
+def channel(size: Size) -> list[Row]:
     """Into the first of n actors of this host."""
     import shutil
 
-    nbytes, rounds = (100_000_000, 3) if quick else (500_000_000, 9)
-    arrays = make_arrays(nbytes)
+    arrays = make_arrays(size.nbytes)
     into = {name: np.zeros_like(array) for name, array in arrays.items()}
     copy_seconds(arrays, into)
     rows: list[Row] = []
     with cluster(100) as folder:
         try:
-            for actors in CROWDS:
-                rows += _crowd(folder, arrays, into, actors, rounds)
+            for actors in size.crowds:
+                rows += _crowd(folder, arrays, into, actors, size.rounds)
         finally:
             shutil.rmtree(slots_folder(folder), ignore_errors=True)
-    with cluster(nbytes * 5 >> 20):
-        rows += _objects(arrays, into, 1, rounds)
+    with cluster(100 + (size.nbytes * 5 >> 20)):
+        rows += _objects(arrays, into, 1, size.rounds)
     return rows
 
 
@@ -271,12 +289,11 @@ class DemoPolicy:
         return self._to_arrays(self.policy)
 
 
-def stall(quick: bool) -> list[Row]:
+def stall(size: Size) -> list[Row]:
     """What publishing takes of updates, each of which is published."""
     every = load_config("configs/demo.yaml").real_rl.publish_every
-    rows = _stall("demo's policy, SFT", DemoPolicy(), 10 if quick else 30, every)
-    sizes = ((WIDTH, 6),) if quick else ((WIDTH, 12), (6455, 3))  # 50 and 500 MB
-    for width, updates in sizes:
+    rows = _stall("demo's policy, SFT", DemoPolicy(), size.demo_updates, every)
+    for width, updates in size.networks:
         rows += _stall(f"3 x {width} x {width}", Network(width, 3e-5), updates)
     return rows
 
@@ -316,17 +333,17 @@ def _stall(what: str, network: Any, updates: int, every: int = 1) -> list[Row]:
     return rows
 
 
-def link(quick: bool) -> list[Row]:
+def link(size: Size) -> list[Row]:
     """One Adam step over a slow link, and how large it is at other learning rates."""
-    rows = [_over_link(3e-5, 20 if quick else 100, 3)]
-    return rows[0] + [_sizes(rate, 20 if quick else 100) for rate in RATES]
+    rows = _over_link(size, 3e-5, 3)
+    return rows + [_sizes(size, rate) for rate in RATES]
 
 
-def _sizes(rate: float, steps: int) -> Row:
+def _sizes(size: Size, rate: float) -> Row:
     from twinrl.weights_delta import encode, round_weights
 
-    network = Network(WIDTH, rate)
-    for _ in range(steps):
+    network = Network(size.width, rate)
+    for _ in range(size.steps):
         network.update(64)
     before = round_weights(0, network.arrays())
     network.update(64)
@@ -339,7 +356,7 @@ def _sizes(rate: float, steps: int) -> Row:
         "rows": "link",
         "what": "sizes",
         "rate": rate,
-        "steps_before": steps,
+        "steps_before": size.steps,
         "changed": changed / sum(array.size for array in after.tensors.values()),
         "bf16_MB": after.nbytes / 1e6,
         "snapshot_MB": len(snapshot) / 1e6,
@@ -349,7 +366,7 @@ def _sizes(rate: float, steps: int) -> Row:
     }
 
 
-def _over_link(rate: float, steps: int, rounds: int) -> list[Row]:
+def _over_link(size: Size, rate: float, rounds: int) -> list[Row]:
     from robot_bridge import protocol
     from robot_bridge.gateway import Gateway
     from twinrl.core.keys import Keys, create_keys
@@ -359,8 +376,8 @@ def _over_link(rate: float, steps: int, rounds: int) -> list[Row]:
 
     schema = Schema(state_dim=3, privileged_dim=0, cameras=(), image_size=16, chunk=2)
     job = protocol.make_job(schema, {"run": "bench", "task": "none", "instruction": ""})
-    network = Network(WIDTH, rate)
-    for _ in range(steps):
+    network = Network(size.width, rate)
+    for _ in range(size.steps):
         network.update(64)
     with tempfile.TemporaryDirectory(prefix="weights-") as folder:
         create_keys(Path(folder) / "keys")
@@ -384,7 +401,7 @@ def _over_link(rate: float, steps: int, rounds: int) -> list[Row]:
                     "rows": "link",
                     "what": "step" if version else "snapshot",
                     "rate": rate,
-                    "steps_before": steps,
+                    "steps_before": size.steps,
                     "seconds": seconds,
                     "sent_MB": nbytes / 1e6,
                     "link_alone_s": nbytes * 8 / MBIT_S / 1e6,
@@ -442,6 +459,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print a table, write the JSON file."""
     parser = argparse.ArgumentParser(prog="benchmarks.weights", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="smaller and within two minutes")
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--rows", default=",".join(GROUPS), help="groups, default: %(default)s")
     parser.add_argument("--json", metavar="FILE", help="rows of other groups in FILE stay")
     options = parser.parse_args(arguments)
@@ -454,7 +472,7 @@ def main(arguments: list[str] | None = None) -> None:
         report |= json.loads(Path(options.json).read_text())
     for name in names:
         load = os.getloadavg()[0]
-        rows = GROUPS[name](options.quick)
+        rows = GROUPS[name](TINY if options.tiny else QUICK if options.quick else Size())
         for row in rows:
             print(
                 "  ".join(
