@@ -7,6 +7,19 @@ from buffer_service.limiter import RateLimiter
 from buffer_service.prefetch import Prefetcher
 from buffer_service.reader import Reader
 from buffer_service.sampler import Draw
+from buffer_service.sharded_reader import ShardedReader
+from buffer_service.sharded_writer import ShardedWriter
 from buffer_service.writer import Writer
 
-__all__ = ["Batch", "Cursor", "Draw", "Entry", "Prefetcher", "RateLimiter", "Reader", "Writer"]
+__all__ = [
+    "Batch",
+    "Cursor",
+    "Draw",
+    "Entry",
+    "Prefetcher",
+    "RateLimiter",
+    "Reader",
+    "ShardedReader",
+    "ShardedWriter",
+    "Writer",
+]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from buffer_service.entry import Entry
-from buffer_service.reader import Reader
 from twinrl.core.errors import DeadlineError
 from twinrl.core.segment import Segment
+
+if TYPE_CHECKING:
+    from buffer_service.reader import Reader
 
 
 class Cursor:
@@ -62,23 +65,43 @@ class Cursor:
             fresh, skipped = self._wait(
                 min_segments, current_version, max_lag, end - time.monotonic(), timeout
             )
-            chosen, steps = [], 0
-            for entry in fresh:
-                steps += entry.steps
-                if chosen and max_transitions is not None and steps > max_transitions:
-                    break
-                chosen.append(entry)
-            segments = self._reader.load(chosen)
-            self._position = chosen[-1].id
-            passed = [entry for entry in skipped if entry.id < self._position]
-            for entry in (*chosen, *passed):
-                self._last[entry.writer] = max(self._last.get(entry.writer, -1), entry.sequence)
-            here = [segment for segment in segments if segment is not None]
-            self.counts["skipped"] += len(passed)
-            self.counts["evicted"] += len(segments) - len(here)
-            self.counts["taken"] += len(here)
+            here = self.advance(list(within(fresh, max_transitions)), skipped)
             if here:
                 return here
+
+    def look(
+        self, current_version: int | None = None, max_lag: int | None = None
+    ) -> tuple[list[Entry], list[Entry]]:
+        """(segments behind the position that may be taken, those that lag too far)."""
+        fresh: list[Entry] = []
+        skipped: list[Entry] = []
+        for entry in self._reader.entries_after(self._position, *self._filter):
+            # A service that lost its newest index entries with its machine gives their segments new ids.
+            if entry.sequence <= self._last.get(entry.writer, -1):
+                continue
+            late = (
+                None not in (current_version, max_lag) and current_version - entry.version > max_lag
+            )
+            (skipped if late else fresh).append(entry)
+        return fresh, skipped
+
+    def advance(self, chosen: list[Entry], skipped: list[Entry]) -> list[Segment]:
+        """Take `chosen`, the first of those that `look` gave, at least one, and pass by what is `skipped` before
+        its last. Returns those that were not evicted."""
+        segments = self._reader.load(chosen)
+        self._position = chosen[-1].id
+        passed = [entry for entry in skipped if entry.id < self._position]
+        for entry in (*chosen, *passed):
+            self._last[entry.writer] = max(self._last.get(entry.writer, -1), entry.sequence)
+        here = [segment for segment in segments if segment is not None]
+        self.counts["skipped"] += len(passed)
+        self.counts["evicted"] += len(segments) - len(here)
+        self.counts["taken"] += len(here)
+        return here
+
+    def pass_by(self) -> None:
+        """Go behind everything that is indexed now, of whatever source."""
+        self.position = max((e.id for e in self._reader.entries()), default=self.position)
 
     def commit(self, deadline: float | None = None) -> None:
         """Make position and counts durable."""
@@ -106,16 +129,8 @@ class Cursor:
 
         def enough() -> bool:
             nonlocal found
-            fresh: list[Entry] = []
-            skipped: list[Entry] = []
-            for entry in self._reader.entries_after(self._position, *self._filter):
-                # A service that lost its newest index entries with its machine gives their segments new ids.
-                if entry.sequence <= self._last.get(entry.writer, -1):
-                    continue
-                late = None not in (current, max_lag) and current - entry.version > max_lag
-                (skipped if late else fresh).append(entry)
-            found = (fresh, skipped)
-            return len(fresh) >= least
+            found = self.look(current, max_lag)
+            return len(found[0]) >= least
 
         try:
             self._reader.wait_for(enough, left, lambda: "")
@@ -125,3 +140,13 @@ class Cursor:
                 f"{self.position}: {len(found[0])} are there, {len(found[1])} lag too far"
             ) from None
         return found
+
+
+def within(entries: list[Entry], max_transitions: int | None) -> Iterator[Entry]:
+    """The first of `entries` up to so many transitions, but one at least."""
+    steps = 0
+    for place, entry in enumerate(entries):
+        steps += entry.steps
+        if place and max_transitions is not None and steps > max_transitions:
+            return
+        yield entry

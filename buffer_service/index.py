@@ -231,6 +231,12 @@ class Index:
             self._tables[key] = (draw, chunk, table)
         return self._tables[key][2]
 
+    def newest_times(self, draw: Draw, chunk: int) -> list[float]:
+        """When the `draw.newest` newest segments with windows came in, oldest first."""
+        assert draw.newest is not None
+        ids = self.table(draw, chunk).newest(draw.newest)
+        return [self.entries[id].time for id in ids.tolist()]
+
     def choose(
         self, parts: Sequence[Draw], count: int, chunk: int, generator: np.random.Generator
     ) -> Chosen:
@@ -247,7 +253,8 @@ class Index:
             weight = np.ones(number)
             if part.by == "priority":
                 weight = (drawn.windows * drawn.probability) ** -part.importance
-                weight /= weight.max()
+                if part.relative:
+                    weight /= weight.max()
             weights.append(weight.astype(np.float32))
         joined = (np.concatenate(each) for each in (rows, starts, weights))
         return self._windows(*joined, chunk)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from buffer_service import record
+from buffer_service.cursor import Cursor
 from buffer_service.entry import CUT, Entry
 from buffer_service.files import MappedFiles, identity
 from buffer_service.gather import Batch, allocate, decoded, gather, row_bytes
@@ -50,11 +51,13 @@ class Reader:
         seed: int = 0,
         deadline: float = 30.0,
         cache_bytes: int = 2 << 30,
+        changed: threading.Condition | None = None,
     ) -> None:
         """Maps the files in `run_dir` (or where the service says they are) when they are on this host.
 
         Elsewhere it fetches whole segments and keeps them, as long as all of the replay fits into `cache_bytes`;
         beyond that the service gathers each batch and sends its rows only. `name` is shown where somebody waits.
+        changed: guards the index, with an RLock, and is notified when it changes; for several readers in one.
         """
         self.name, self.deadline = name, deadline
         self.generator = np.random.default_rng(seed)
@@ -83,7 +86,7 @@ class Reader:
         self._counts: collections.Counter[str] = collections.Counter()
         self._trouble = ""
         self._stop = False
-        self._changed = threading.Condition(threading.RLock())
+        self._changed = changed or threading.Condition(threading.RLock())
         self._thread = threading.Thread(target=self._follow, name="replay index", daemon=True)
         self._thread.start()
 
@@ -91,6 +94,11 @@ class Reader:
     def mapped(self) -> bool:
         """Whether the segment files are mapped rather than fetched."""
         return self._mapped is not None
+
+    @property
+    def trouble(self) -> str:
+        """Why the service did not answer last; empty when it did."""
+        return self._trouble
 
     def close(self) -> None:
         """Stop following; views of mapped segments stay valid."""
@@ -139,6 +147,10 @@ class Reader:
             entries = [known[each] for each in newer]
         return [e for e in entries[::-1] if source in (None, e.source) and task in (None, e.task)]
 
+    def cursor(self, name: str, **options: Any) -> Cursor:
+        """A Cursor; `options` are its."""
+        return Cursor(self, name, **options)
+
     def sync(self, deadline: float | None = None) -> None:
         """Until the index holds everything that was acknowledged before this call."""
         deadline = self.deadline if deadline is None else deadline
@@ -162,16 +174,18 @@ class Reader:
     ) -> None:
         """Until the index holds so many segments (of `source`)."""
 
-        def known() -> int:
-            if source is None:
-                return len(self._index.entries)
-            return self._index.count[source]
-
         self.wait_for(
-            lambda: known() >= segments,
+            lambda: self.count(source) >= segments,
             deadline,
-            lambda: f"{segments} segments of {source or 'any source'}; the index holds {known()}",
+            lambda: (
+                f"{segments} segments of {source or 'any source'}; {self.count(source)} are there"
+            ),
         )
+
+    def count(self, source: str | None = None) -> int:
+        """How many segments (of `source`) the index holds."""
+        with self._changed:
+            return len(self._index.entries) if source is None else self._index.count[source]
 
     def segments(
         self,
@@ -239,6 +253,16 @@ class Reader:
             batch = self._draw(parts, batch_size, chunk, generator, out, end)
         self._counts["batches"] += 1
         return batch
+
+    def weigh(self, part: Draw, chunk: int) -> tuple[int, float]:
+        """(windows, their total weight) of what `part` draws from."""
+        with self._changed:
+            return self._index.table(part, chunk).weigh(part.newest)
+
+    def newest_times(self, part: Draw, chunk: int) -> list[float]:
+        """When the `part.newest` segments that it draws from came in, oldest first (s since the epoch)."""
+        with self._changed:
+            return self._index.newest_times(part, chunk)
 
     def update_priorities(self, batch: Batch, values: np.ndarray) -> None:
         """Set the priorities (> 0, e.g. the errors of the critic) of the windows of `batch`, (B,).

@@ -38,6 +38,7 @@ class Draw:
     exponent: float = 0.6  # "priority": drawn in proportion to priority ** exponent
     importance: float = 0.4  # "priority": weight = (windows * probability) ** -importance
     half_life: float = 100_000.0  # "fresh": transitions that halve the chance of what came before
+    relative: bool = True  # "priority": divide the weights by the largest of the batch
 
     def __post_init__(self) -> None:
         """Refuse what makes no sense."""

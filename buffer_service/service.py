@@ -9,6 +9,7 @@ import json
 import logging
 import signal
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from buffer_service.redis_address import Redis, connect, prefix
 from buffer_service.redis_lease import LeaseLost, RedisLease
 from buffer_service.redis_store import CACHE_BYTES, RedisStore
 from buffer_service.replay import LEASE_SECONDS, Service
+from buffer_service.shard_list import ShardList
 from buffer_service.store import FLUSH_POLICIES, REMOVERS, FileStore, Recovery
 from twinrl.core.errors import TwinRLError
 from twinrl.core.keys import Keys, create_keys
@@ -47,6 +49,9 @@ def serve(
     adopt: bool = False,
     limiter: RateLimiter | None = None,
     metrics_address: str = "",
+    name: str = "replay",
+    keys: str | Path = "",
+    shards: Sequence[str] = (),
     stop: threading.Event | None = None,
 ) -> None:
     """Serve the replay of the run in `run_dir` until SIGTERM, SIGINT or `stop`.
@@ -58,12 +63,15 @@ def serve(
     segments go, "oldest" or "lowest_priority". lease: s after which a silent writer's episodes are closed.
     store: "files", or "redis" with the payload in Redis too and `cache_mb` of segment files; `adopt`: go on with
     the run that Redis holds although its folder is lost. redis_access: `redis_address.connect`'s options.
-    redis_memory_mb: the limit of the run's own Redis. metrics_address: the collector's.
+    redis_memory_mb: the limit of the run's own Redis. metrics_address: the collector's, for which this service is
+    `name`. keys: the folder with the run's keys, by default the one in `run_dir`. shards: addresses of the services
+    beside this one, where it is the first of several from the start.
     """
     run_dir = Path(run_dir).resolve()
     folder = run_dir / "replay"
     folder.mkdir(parents=True, exist_ok=True)
-    create_keys(run_dir / "keys")
+    keys = Path(keys or run_dir / "keys")
+    create_keys(keys)
     stop = stop or threading.Event()
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -95,12 +103,17 @@ def serve(
             )
             _report(kept.recover())
             log.info("%s", kept.promise)
-            server = _listen(address, folder / "address", run_dir / "keys")
+            server = _listen(address, folder / "address", keys)
+            cluster = Keys.load(keys / "cluster.key")
+
+            def redis_now() -> Redis:  # never started by this one
+                return redis_again() if embedded is None else embedded.connect()
+
+            ShardList(server, redis_now, prefix(run), schema, kept.token, cluster, shards)
             service = Service(kept, server, schema, limiter, redis_again, lease).start()
             reporter = None
             if metrics_address:
-                keys = Keys.load(run_dir / "keys" / "cluster.key")
-                reporter = Reporter(metrics_address, keys, "replay", "replay", service.stats)
+                reporter = Reporter(metrics_address, cluster, "replay", name, service.stats)
             print(f"replay ready at {server.address}", flush=True)
             while not stop.wait(0.5) and service.failure is None and not lost:
                 pass
@@ -165,6 +178,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--adopt", type=json.loads, default=False)
     parser.add_argument("--limiter", default="{}", help="the RateLimiter's arguments as JSON")
     parser.add_argument("--metrics-address", default="")
+    parser.add_argument("--name", default="replay", help="for the collector")
+    parser.add_argument("--keys", default="", help="folder with the run's keys")
+    parser.add_argument("--shards", type=json.loads, default=(), help="JSON list of addresses")
     options = vars(parser.parse_args(arguments))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     state, privileged, cameras, *rest = json.loads(options.pop("schema"))

@@ -44,7 +44,7 @@ def twin_rl(
     algorithm = PPOFlow(
         learner.policy, PPOFlowConfig(**options), privileged_dim, anchor, learner.seed
     )
-    cursor = Cursor(learner.reader, CURSOR, source="twin")
+    cursor = learner.reader.cursor(CURSOR, source="twin")
     consumed = 0
     if resumed:
         algorithm.load_state_dict(state["ppo"])
@@ -55,7 +55,7 @@ def twin_rl(
             anchor.features[:CALIBRATION], policy.integration_steps, learner.seed, action_noise
         )
         # What lies there already (the expansion) is not on-policy.
-        cursor.position = max((e.id for e in learner.reader.entries()), default=cursor.position)
+        cursor.pass_by()
     learner.publish()
     while consumed < steps and not learner.stopping:
         taken = _take(learner, cursor, segments, max_lag)
