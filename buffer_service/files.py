@@ -10,6 +10,7 @@ there is cut off.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import mmap
 import os
@@ -24,6 +25,10 @@ from twinrl.core.errors import Rejected
 from twinrl.core.segment import Segment
 
 FILE_BYTES = 256 << 20
+MAX_RESERVED_BYTES = (
+    64 << 30
+)  # allocated and not filled yet; writers that come and go must not fill a disk
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _IOV = 512  # buffers in one writev; the system's limit is 1024
 
 
@@ -131,13 +136,16 @@ class SegmentFiles:
         with self._lock:
             active = self._active.get(source)
             if active is None or active.end + length > active.size:
-                active = self._open(source, max(file_bytes, length))
+                active = self._open(source, max(file_bytes, length), length)
         return active.number, active.write(buffers, length), length
 
-    def allocate(self, writer: str, source: str, file_bytes: int) -> tuple[int, int]:
+    def allocate(self, writer: str, source: str, file_bytes: int, least: int) -> tuple[int, int]:
         """A new file for `writer` to put its records into, in place of its last one; returns (number, size)."""
         with self._lock:
-            active = self._open((writer, source), file_bytes)
+            others = (a for key, a in self._active.items() if key != (writer, source))
+            if sum(each.size - each.end for each in others) + least > MAX_RESERVED_BYTES:
+                raise OSError(errno.EDQUOT, f"{MAX_RESERVED_BYTES} bytes wait for their writers")
+            active = self._open((writer, source), max(file_bytes, least), least)
             return active.number, active.size
 
     def adopt(self, writer: str, source: str, file: int, offset: int, length: int) -> None:
@@ -167,10 +175,18 @@ class SegmentFiles:
             for key in [k for k in self._active if isinstance(k, tuple) and k[0] == writer]:
                 self._full.append(self._active.pop(key))
 
-    def _open(self, key: Hashable, size: int) -> _Active:
+    def _open(self, key: Hashable, size: int, least: int) -> _Active:
+        """A new file of `size` bytes, or of `least` at the least where the disk is nearly full."""
         if key in self._active:
             self._full.append(self._active.pop(key))
-        active = _Active(path_of(self.folder, self._next), self._next, size, self._durable)
+        while True:
+            try:
+                active = _Active(path_of(self.folder, self._next), self._next, size, self._durable)
+                break
+            except OSError as error:
+                if size <= least or error.errno not in NO_ROOM:
+                    raise
+                size = max(size // 4, least)
         self._active[key] = active
         self._next += 1
         return active

@@ -309,7 +309,7 @@ class FileStore(Store):
         return self._taken(segment, *self._files.append(segment, self._file_bytes(source)))
 
     def allocate(self, writer: str, source: str, nbytes: int) -> tuple[int, int]:
-        return self._files.allocate(writer, source, max(self._file_bytes(source), nbytes))
+        return self._files.allocate(writer, source, self._file_bytes(source), nbytes)
 
     def written(self, file: int, offset: int, length: int) -> Segment:
         try:
