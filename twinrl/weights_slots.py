@@ -19,8 +19,10 @@ used again, because touching fresh pages costs far more than copying into them.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
+import itertools
 import math
 import mmap
 import os
@@ -36,6 +38,7 @@ from typing import Any
 
 import msgpack
 import numpy as np
+import psutil
 
 from twinrl.core.checksum import digest
 from twinrl.core.errors import DeadlineError, TwinRLError, WireError
@@ -49,6 +52,7 @@ ALIGN = 64
 SPARE = 2  # files that are kept though no version is in them
 POLL = 0.002  # s between looks
 TURN = 1.0  # s to wait for other readers of this host before reading beside them
+TURN_POLL = 0.005  # s between looks whether it is ours: many wait, and should not disturb who reads
 OWNER_SECONDS = 10.0  # for a learner that is brought back, until the dead one's lock is gone
 ABANDONED = 600.0  # s after which a folder that nobody owns is an ended run's
 POPULATE_READ, POPULATE_WRITE = 22, 23  # madvise: map all pages at once instead of one fault each
@@ -160,7 +164,7 @@ class SlotWriter:
         _lock_within(self._owner, OWNER_SECONDS, f"the publisher of {folder} before us to end")
         self._newest = Slot(folder / "newest", mmap.PAGESIZE)
         self._lock = threading.Lock()
-        self._numbers = 0
+        self._numbers = itertools.count(1)
         self._spare: list[Slot] = []
         self._sealed: dict[int, Slot] = {}
         for path in sorted(folder.glob("[vs][0-9]*")):
@@ -176,7 +180,7 @@ class SlotWriter:
     @property
     def versions(self) -> list[int]:
         """The versions that are there."""
-        return sorted(self._sealed)
+        return sorted(list(self._sealed))  # a copy: another thread may be sealing
 
     def take(self, arrays: Mapping[str, np.ndarray]) -> tuple[Slot, list[Any]]:
         """A file to write, locked, and the table of what goes where. TwinRLError when memory has no room."""
@@ -232,19 +236,20 @@ class SlotWriter:
 
     def _make(self, nbytes: int) -> Slot:
         path = self._spare_path()
+        free = min(shutil.disk_usage(self.folder).free, psutil.virtual_memory().available)
         try:
+            if nbytes > free:  # shared memory may promise more than there is
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return Slot(path, -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
         except OSError as error:
             path.unlink(missing_ok=True)
-            free = shutil.disk_usage(self.folder).free
             raise TwinRLError(
                 f"no room for {nbytes / 1e6:.0f} MB of weights in {self.folder} ({free / 1e6:.0f} MB free): "
                 f"{error.strerror}. Give {MEMORY} more, or keep fewer versions (learner.keep_versions)"
             ) from None
 
     def _spare_path(self) -> Path:
-        self._numbers += 1
-        return self.folder / f"s{self._numbers}"
+        return self.folder / f"s{next(self._numbers)}"
 
     def _tell(self) -> None:
         NUMBER.pack_into(self._newest.memory, 0, max(self._sealed, default=-1))
@@ -353,7 +358,7 @@ class SlotReader:
             return
         try:
             with contextlib.suppress(DeadlineError):  # somebody hangs there
-                _lock_within(fd, TURN, "other readers")
+                _lock_within(fd, TURN, "other readers", TURN_POLL)
             yield
         finally:
             os.close(fd)
@@ -426,9 +431,9 @@ def _lock(fd: int, kind: int) -> bool:
         return False
 
 
-def _lock_within(fd: int, seconds: float, what: str) -> None:
+def _lock_within(fd: int, seconds: float, what: str, pause: float = POLL) -> None:
     deadline = time.monotonic() + seconds
     while not _lock(fd, fcntl.LOCK_EX):
         if time.monotonic() > deadline:
             raise DeadlineError(f"waited {seconds:g} s for {what}")
-        time.sleep(POLL)
+        time.sleep(pause)
