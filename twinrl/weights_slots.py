@@ -180,7 +180,7 @@ class SlotWriter:
     @property
     def versions(self) -> list[int]:
         """The versions that are there."""
-        return sorted(list(self._sealed))  # a copy: another thread may be sealing
+        return sorted(self._sealed.copy())  # another thread may be sealing
 
     def take(self, arrays: Mapping[str, np.ndarray]) -> tuple[Slot, list[Any]]:
         """A file to write, locked, and the table of what goes where. TwinRLError when memory has no room."""
