@@ -91,6 +91,11 @@ def _axis(name: str) -> str:
     return "observation" if name in STATES else "step"
 
 
+def belongs(header: dict[str, Any], entry: Entry) -> bool:
+    """Whether a record's header is that of `entry`'s segment."""
+    return (header.get("writer"), header.get("sequence")) == (entry.writer, entry.sequence)
+
+
 class Places:
     """Where the columns of segments lie in memory: a row of addresses for each segment."""
 
@@ -129,6 +134,8 @@ class Places:
         """The same for the segment of `entry`, whose record lies in its mapped file `buffer`: three times faster."""
         base = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0]
         header, described = record.layout(buffer, entry.offset)
+        if not belongs(header, entry):
+            raise WireError(f"another record than segment {entry.id} lies in its place")
         columns = {}
         for name, dtype, shape, codec, place, nbytes in described:
             field = self._by_name.get(name)

@@ -17,14 +17,14 @@ from buffer_service import record
 from buffer_service.cursor import Cursor
 from buffer_service.entry import CUT, Entry
 from buffer_service.files import MappedFiles, identity
-from buffer_service.gather import Batch, allocate, decoded, gather, row_bytes
+from buffer_service.gather import Batch, allocate, belongs, decoded, gather, row_bytes
 from buffer_service.index import Chosen, Index
 from buffer_service.limiter import ONLINE
 from buffer_service.sampler import Draw, draws
 from buffer_service.writer import greet
 from twinrl.core import wire
 from twinrl.core.codec import Encoded
-from twinrl.core.errors import DeadlineError, Rejected, RemoteError
+from twinrl.core.errors import DeadlineError, Rejected, RemoteError, WireError
 from twinrl.core.keys import Keys
 from twinrl.core.segment import Schema, Segment
 from twinrl.core.sockets import Client
@@ -395,7 +395,7 @@ class Reader:
             return False
         try:
             self._index.places.put_record(row, entry, self._mapped.map(entry.file))
-        except FileNotFoundError:
+        except (FileNotFoundError, WireError):
             return False
         return not self._index.places.coded[row]
 
@@ -437,7 +437,9 @@ class Reader:
             return False
         try:
             segment = self._mapped.segment(entry.file, entry.offset)
-        except FileNotFoundError:  # evicted, or no longer in this host's files
+        except (FileNotFoundError, WireError):  # evicted, or no longer in this host's files
+            return False
+        if not belongs(segment.header, entry):
             return False
         held[entry.id] = segment
         if any(isinstance(column, Encoded) for column in segment.columns.values()):
@@ -609,11 +611,12 @@ class Reader:
             if not page:
                 break
         with self._changed:
-            for id, entry in self._index.entries.items():
-                theirs = entries.get(
-                    id
-                )  # after a crash of the whole machine a number may come again
-                if theirs is not None and (theirs[10:12] != entry[10:12]):
+            if self._mapped is not None:  # the number of a deleted file may have been given again
+                self._mapped.forget(set())
+                self._index.places.known[:] = False
+            for id, mine in list(self._index.entries.items()):
+                theirs = entries.get(id)  # after a crash of the machine a number may come again
+                if theirs and (theirs.writer, theirs.sequence) != (mine.writer, mine.sequence):
                     self._drop(id)
             for id, value in priorities.items():
                 self._index.priority.setdefault(id, value)

@@ -44,12 +44,21 @@ def assert_whole(batch, cameras=SCHEMA.cameras) -> None:
             assert (images == (at % 251)[:, None, None, None]).all()
 
 
-@pytest.mark.parametrize("codec", ["raw", "lz4"])
-@pytest.mark.parametrize("kind", ["mapped", "segments", "rows"])
-def test_no_batch_is_torn_while_segments_come_and_go(bench, kind, codec):
+@pytest.mark.parametrize(
+    ("kind", "codec", "store"),
+    [
+        ("mapped", "raw", "files"),
+        ("mapped", "lz4", "files"),
+        ("mapped", "raw", "redis"),
+        ("segments", "raw", "files"),
+        ("rows", "raw", "files"),
+        ("rows", "zstd-delta", "redis"),
+    ],
+)
+def test_no_batch_is_torn_while_segments_come_and_go(bench, kind, codec, store):
     """A replay of a few segments, so that most are evicted between being chosen and being read."""
     schema = SCHEMA._replace(image_size=48)
-    bench.start(schema=schema, capacity=2 << 20)
+    bench.start(schema=schema, capacity=2 << 20, store=store, cache_mb=8)
     written, stop, failures = [0], threading.Event(), []
 
     def produce(writer: Writer, offset: int) -> None:
