@@ -443,7 +443,7 @@ class ShardedReader:
     def _describe_lost(self) -> list[str]:
         if self._links is None:
             return []
-        lost = {**self._links.trouble, **self._lost}
+        lost = {**self._links.missing(), **self._lost}
         return [
             f"shard {number} at {self._links.addresses[number]} is away: {text}"
             for number, text in sorted(lost.items())

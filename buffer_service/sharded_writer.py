@@ -105,12 +105,11 @@ class ShardedWriter:
         """Those of a writer over all services, how many there are, and what is known of the lost ones."""
         assert self._links is not None
         links, lost = self._links, dict(self._lost)
+        missing = links.missing()
         each = {number: writer.stats() for number, writer in self._connected().items()}
         keys = ("queued_segments", "queued_bytes", "acknowledged", "resent", "dropped", "blocked_s")
         waiting = [self._describe(number, each[number]) for number in lost]
-        waiting += [
-            f"shard {n} at {links.addresses[n]}: {text}" for n, text in links.trouble.items()
-        ]
+        waiting += [f"shard {n} at {links.addresses[n]}: {text}" for n, text in missing.items()]
         if not waiting:
             waiting = [text for stats in each.values() if (text := stats["writer/waiting_for"])][:1]
         return {
@@ -118,7 +117,7 @@ class ShardedWriter:
             "writer/direct": self.direct,
             "writer/waiting_for": "; ".join(waiting),
             "writer/shards": len(links.addresses),
-            "writer/shards_lost": len(lost) + len(links.trouble),
+            "writer/shards_lost": len(lost) + len(missing),
         }
 
     def close(self, deadline: float | None = None) -> None:

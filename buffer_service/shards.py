@@ -75,7 +75,7 @@ class Links(Generic[Each]):
         """
         self.connected: dict[int, Each] = {}  # replaced, never changed: may be read by any thread
         self.addresses: dict[int, str] = {}
-        self.trouble: dict[int, str] = {}  # of those that are not connected
+        self._trouble: dict[int, str] = {}  # of those that are not connected
         self._make, self._tick = make, tick
         self._rejected: Rejected | None = None
         self._stop = threading.Event()
@@ -89,6 +89,12 @@ class Links(Generic[Each]):
         except BaseException:
             self.close()
             raise
+
+    def missing(self) -> dict[int, str]:
+        """The services that were never reached, with the reason."""
+        connected, trouble = self.connected, self._trouble
+        missing = [number for number in self.addresses if number not in connected]
+        return {number: trouble.get(number, "not reached yet") for number in missing}
 
     def close(self) -> dict[int, Each]:
         """Make and seek no more connections; gives those there are, which the caller closes."""
@@ -118,7 +124,7 @@ class Links(Generic[Each]):
                 raise self._rejected
             raise DeadlineError(
                 f"no replay service answered within {deadline:g} s: "
-                + "; ".join(self.trouble.values() or self.addresses.values())
+                + "; ".join(f"shard {number}: {text}" for number, text in self.missing().items())
             )
 
     def _add(self, addresses: Sequence[str]) -> None:
@@ -138,9 +144,9 @@ class Links(Generic[Each]):
                 made = self._make(number, address)
             except (TwinRLError, OSError) as error:
                 with self._changed:
-                    if str(error) != self.trouble.get(number):
+                    if str(error) != self._trouble.get(number):
                         log.warning("shard %d at %s: %s", number, address, error)
-                    self.trouble[number] = str(error)
+                    self._trouble[number] = str(error)
                     if isinstance(error, Rejected):
                         self._rejected = error
                 self._stop.wait(AGAIN_SECONDS)
@@ -148,7 +154,7 @@ class Links(Generic[Each]):
             with self._changed:
                 if not self._stop.is_set():
                     self.connected = dict(sorted({**self.connected, number: made}.items()))
-                    self.trouble.pop(number, None)
+                    self._trouble.pop(number, None)
                     self._changed.notify_all()
                     return
             with contextlib.suppress(TwinRLError):
