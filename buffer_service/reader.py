@@ -394,7 +394,8 @@ class Reader:
         if self._mapped is None:
             return False
         try:
-            self._index.places.put_record(row, entry, self._mapped.map(entry.file))
+            file = self._mapped.map(entry.file)
+            self._index.places.put_record(row, entry, file, entry.offset)
         except (FileNotFoundError, WireError):
             return False
         return not self._index.places.coded[row]

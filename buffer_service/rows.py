@@ -5,7 +5,6 @@ A window of a 50-step segment is a fiftieth of it, so a reader that cannot keep 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +16,7 @@ from buffer_service.gather import Batch, Places, gather, row_bytes
 from buffer_service.sampler import windows_at
 from twinrl.core.arguments import integer
 from twinrl.core.errors import WireError
-from twinrl.core.segment import Schema, Segment
+from twinrl.core.segment import Schema
 
 MAX_CHUNK = 4096
 MAX_BATCH_BYTES = 448 << 20  # of one answer; a message holds 512 MiB
@@ -77,10 +76,7 @@ class RowGatherer:
         entries: dict[int, Entry],
         records: dict[int, Any],
     ) -> tuple[dict[str, Any], Batch]:
-        segments = {id: record.decode(raw) for id, raw in records.items()}
-        batch, instructions = gather_from(
-            windows, chunk, self._schema, entries, segments.__getitem__
-        )
+        batch, instructions = gather_from(windows, chunk, self._schema, entries, records)
         return {"missing": [], "instructions": instructions}, batch
 
 
@@ -89,19 +85,17 @@ def gather_from(
     chunk: int,
     schema: Schema,
     entries: dict[int, Entry],
-    load: Callable[[int], Segment],
+    records: dict[int, Any],
 ) -> tuple[Batch, list[str]]:
     """The batch of `windows` (see `gather.gather`) and the instructions that its `instruction` counts in.
 
     WireError for a window that its segments do not have.
     """
-    rows: dict[int, int] = {}
-    held: dict[int, Segment] = {}
+    rows = {id: row for row, id in enumerate(entries)}
     places = Places(schema, len(entries))
-    for id in entries:
-        rows[id] = len(rows)
-        held[id] = load(id)
-        places.put(rows[id], entries[id], held[id])
+    for id, row in rows.items():
+        places.put_record(row, entries[id], records[id], 0)
+    coded = {id: record.decode(records[id]) for id, row in rows.items() if places.coded[row]}
     for window in windows:
         _check(window, entries, chunk)
     ids, starts, lengths, seconds = zip(*windows, strict=True)
@@ -113,7 +107,7 @@ def gather_from(
         [rows.get(id, rows[first_id]) for first_id, id in zip(ids, seconds, strict=True)]
     )
     addresses = places.addresses
-    batch = gather(found, places.fields, addresses[first], addresses[second], chunk, coded=held)
+    batch = gather(found, places.fields, addresses[first], addresses[second], chunk, coded=coded)
     batch["instruction"] = places.instruction[first]
     return batch, places.instructions
 

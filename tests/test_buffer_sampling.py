@@ -6,6 +6,7 @@ import threading
 import numpy as np
 import pytest
 
+from buffer_service import record
 from buffer_service.entry import CUT, OPEN, TERMINATED, Entry, describe
 from buffer_service.gather import Batch, copy_rows, gather
 from buffer_service.index import Index
@@ -44,6 +45,10 @@ class Shelf:
     def remove(self, id: int) -> None:
         self.index.remove(id)
         del self.segments[id]
+
+    def records(self) -> dict[int, bytes]:
+        """The segments as the service holds them."""
+        return {id: b"".join(record.encode(*each)[0]) for id, each in self.segments.items()}
 
     def draw(self, count: int, parts=EVERYTHING, chunk: int = CHUNK, out=None) -> Batch:
         index = self.index
@@ -274,9 +279,7 @@ def test_the_service_gathers_what_a_reader_would():
     windows, chunk = wanted(
         {"windows": [[1, 0, 4, 0], [1, 6, 4, 2], [2, 5, 3, 0]], "chunk": CHUNK}, SCHEMA
     )
-    batch, instructions = gather_from(
-        windows, chunk, SCHEMA, shelf.index.entries, shelf.segments.__getitem__
-    )
+    batch, instructions = gather_from(windows, chunk, SCHEMA, shelf.index.entries, shelf.records())
     assert_windows_are_whole(batch, np.array([0, 6, 13]))
     assert batch["terminated"].tolist() == [False, False, True]
     assert instructions == ["lift the cube"] and batch["instruction"].tolist() == [0, 0, 0]
@@ -302,10 +305,9 @@ def test_the_service_refuses_windows_that_are_none(window, message):
     shelf.add(1, 0, episode="long")
     shelf.add(2, 8, episode="long", first_step=8)
     shelf.add(3, 16)
-    load = shelf.segments.__getitem__
     with pytest.raises(WireError, match=message):
         windows, chunk = wanted({"windows": [window], "chunk": CHUNK}, SCHEMA)
-        gather_from(windows, chunk, SCHEMA, shelf.index.entries, load)
+        gather_from(windows, chunk, SCHEMA, shelf.index.entries, shelf.records())
 
 
 def test_a_batch_that_fits_no_message_is_refused():

@@ -269,20 +269,21 @@ def test_batches_are_made_ahead_and_stay_good_until_the_next_is_asked_for(bench)
         stats = batches.stats()
         assert stats["prefetch/batches"] == 20 and 0 <= stats["prefetch/data_wait"] <= 1
         assert stats["prefetch/wait_s"] > 0
-    assert not batches._thread.is_alive()
+    assert not any(thread.is_alive() for thread in batches._threads)
     with pytest.raises(TwinRLError, match="closed"):
         for _ in range(5):
             next(batches)
 
 
-def test_the_same_seed_prefetches_the_same(bench):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_same_seed_prefetches_the_same(bench, threads):
     bench.start()
     write(bench.writer(), 0, 20)
-    reader = bench.reader()
+    reader = bench.reader() if threads == 1 else remote(bench, cache_bytes=1)
     reader.wait(20)
     drawn = []
     for _ in range(2):
-        with Prefetcher(reader, 16, depth=3, seed=7) as batches:
+        with Prefetcher(reader, 16, depth=3, seed=7, threads=threads) as batches:
             drawn.append([next(batches)["action"].copy() for _ in range(5)])
     assert all((a == b).all() for a, b in zip(*drawn, strict=True))
 
