@@ -23,7 +23,7 @@ from buffer_service.limiter import ONLINE
 from buffer_service.sampler import Draw, draws
 from buffer_service.writer import greet
 from twinrl.core import wire
-from twinrl.core.codec import Encoded
+from twinrl.core.codec import Encoded, check_codec
 from twinrl.core.errors import DeadlineError, Rejected, RemoteError, WireError
 from twinrl.core.keys import Keys
 from twinrl.core.segment import Schema, Segment
@@ -51,12 +51,14 @@ class Reader:
         seed: int = 0,
         deadline: float = 30.0,
         cache_bytes: int = 2 << 30,
+        codec: str = "raw",
         changed: threading.Condition | None = None,
     ) -> None:
         """Maps the files in `run_dir` (or where the service says they are) when they are on this host.
 
         Elsewhere it fetches whole segments and keeps them, as long as all of the replay fits into `cache_bytes`;
-        beyond that the service gathers each batch and sends its rows only. `name` is shown where somebody waits.
+        beyond that the service gathers each batch and sends its rows only, the images in `codec`, which a slow link
+        is worth (docs/codecs.md). `name` is shown where somebody waits.
         changed: guards the index, with an RLock, and is notified when it changes; for several readers in one.
         """
         self.name, self.deadline = name, deadline
@@ -78,6 +80,7 @@ class Reader:
         # Segments that are no views of mapped files, and those with encoded columns; with what they cost.
         self._decoded: collections.OrderedDict[int, tuple[Segment, int]] = collections.OrderedDict()
         self._cache_bytes, self._cached = cache_bytes, 0
+        self._codec = check_codec(codec)
         self._boot, self._seen, self._evicted_to = "", 0, 0
         self._open = False  # the limiter asks for no permits
         self._sampled = 0  # transitions to be reported
@@ -494,7 +497,7 @@ class Reader:
         """The batch as the service gathers it; None when a segment was evicted."""
         windows = chosen.windows
         columns = (windows.id, windows.start, windows.length + windows.extra, windows.second)
-        args = {"windows": np.stack(columns, axis=1).tolist(), "chunk": chunk}
+        args = {"windows": np.stack(columns, axis=1).tolist(), "chunk": chunk, "codec": self._codec}
         nbytes = len(windows.id) * row_bytes(self.schema, chunk)
         answer, arrays = self._request("rows", args, self.deadline, nbytes)
         with self._changed:
@@ -507,7 +510,11 @@ class Reader:
         fields, size = self._index.places.fields, len(windows.id)
         batch = allocate(fields, size, chunk, out, privileged="privileged.state" in arrays)
         for name, array in batch.items():
-            np.copyto(array, arrays[name])
+            column = arrays[name]
+            if isinstance(column, Encoded):
+                column.decode(array)
+            else:
+                np.copyto(array, column)
         return {**batch, "weight": chosen.weight, "instruction": instruction}
 
     def _ask_permit(self, transitions: int, end: float) -> None:

@@ -14,9 +14,11 @@ from buffer_service import record
 from buffer_service.entry import OPEN, Entry
 from buffer_service.gather import Batch, Places, gather, row_bytes
 from buffer_service.sampler import windows_at
-from twinrl.core.arguments import integer
+from twinrl.core import wire
+from twinrl.core.arguments import integer, text
+from twinrl.core.codec import CODECS, encode
 from twinrl.core.errors import WireError
-from twinrl.core.segment import Schema
+from twinrl.core.segment import IMAGE_PREFIX, Schema
 
 MAX_CHUNK = 4096
 MAX_BATCH_BYTES = 448 << 20  # of one answer; a message holds 512 MiB
@@ -45,6 +47,14 @@ def wanted(args: dict[str, Any], schema: Schema) -> tuple[list[Wanted], int]:
     return [tuple(window) for window in windows], chunk
 
 
+def row_codec(args: dict[str, Any]) -> str:
+    """The codec in which a request wants the images of its batch; WireError if there is none of that name."""
+    codec = text(args, "codec", "raw", longest=40)
+    if codec not in CODECS:
+        raise WireError(f"codec {codec!r} is none of {', '.join(CODECS)}")
+    return codec
+
+
 class RowGatherer:
     """Makes batches from records in a thread of its own, so that the service goes on meanwhile."""
 
@@ -58,12 +68,13 @@ class RowGatherer:
         chunk: int,
         entries: dict[int, Entry],
         records: dict[int, Any],
+        codec: str = "raw",
     ) -> Future:
         """A Future of the answer: ({"missing": [], "instructions"}, columns); `instruction` (B,) int32 in these.
 
-        records: bytes-like, by segment, of all that `windows` name.
+        records: bytes-like, by segment, of all that `windows` name. codec: of the image columns in the answer.
         """
-        return self._pool.submit(self._gather, windows, chunk, entries, records)
+        return self._pool.submit(self._gather, windows, chunk, entries, records, codec)
 
     def close(self) -> None:
         """Gather nothing more."""
@@ -75,9 +86,15 @@ class RowGatherer:
         chunk: int,
         entries: dict[int, Entry],
         records: dict[int, Any],
-    ) -> tuple[dict[str, Any], Batch]:
+        codec: str,
+    ) -> tuple[dict[str, Any], wire.Arrays]:
         batch, instructions = gather_from(windows, chunk, self._schema, entries, records)
-        return {"missing": [], "instructions": instructions}, batch
+        columns: wire.Arrays = dict(batch)
+        if codec != "raw":
+            for name in columns:
+                if IMAGE_PREFIX in name:
+                    columns[name] = encode(batch[name], codec)
+        return {"missing": [], "instructions": instructions}, columns
 
 
 def gather_from(

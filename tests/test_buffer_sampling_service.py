@@ -122,6 +122,7 @@ def test_a_reader_elsewhere_draws_the_same_batches(bench):
         bench.reader(seed=5),
         remote(bench, seed=5),
         remote(bench, seed=5, cache_bytes=1 << 10),
+        remote(bench, seed=5, cache_bytes=1 << 10, codec="zstd"),
     ]
     for reader in readers:
         reader.wait(30)
@@ -131,7 +132,8 @@ def test_a_reader_elsewhere_draws_the_same_batches(bench):
         for batch in batches[1:]:
             assert batch.keys() == batches[0].keys()
             assert all((batch[name] == batches[0][name]).all() for name in batch)
-    whole, rows = readers[1].stats(), readers[2].stats()
+    whole, rows, packed = (reader.stats() for reader in readers[1:])
+    assert packed["reader/fetched_bytes"] < rows["reader/fetched_bytes"]
     assert whole["reader/cached_bytes"] > 0 and rows["reader/cached_bytes"] == 0
     assert rows["reader/fetched_bytes"] > 0
     out = readers[2].sample(50, chunk=6)
