@@ -46,10 +46,10 @@ class Delete(NamedTuple):
 
 
 class Abandon(NamedTuple):
-    """A writer is silent for longer than its lease: its open episodes are to be closed, its files sealed."""
+    """A writer's open episodes are to be closed: it is silent for longer than its lease, or was started anew."""
 
     writer: str
-    seconds: float
+    seconds: float | None  # the lease; None: a successor has its name, and files of its own already
 
 
 Work = Insert | Change | Delete | Abandon
@@ -160,12 +160,15 @@ class Committer:
         closed: dict[int, Entry] = {}
         for each in work:
             if isinstance(each, Abandon):
-                self._store.release(each.writer)
+                why = "was started anew"
+                if each.seconds is not None:
+                    self._store.release(each.writer)
+                    why = f"is silent for {each.seconds:g} s"
                 for entry in self._store.abandoned(each.writer):
                     closed[entry.id] = entry
                     log.warning(
-                        "writer %s is silent for %g s: episode %s is closed as truncated after %d steps",
-                        *(each.writer, each.seconds, entry.episode),
+                        "writer %s %s: episode %s is closed as truncated after %d steps",
+                        *(each.writer, why, entry.episode),
                         entry.first_step + entry.steps,
                     )
         return closed

@@ -150,6 +150,10 @@ class Service:
             with self._lock:
                 if not args.get("probe") and session is not None:
                     self._admit(writer)
+                    if self._sessions.get(writer) != session:
+                        # Its predecessor is dead: nobody ends the episodes that it left open.
+                        self.store.release(writer)
+                        self._committer.put(Abandon(writer, None))
                     self._sessions[writer] = session
                 self._check_session(writer, session)
                 answer["appended"] = self.store.appended.get(writer, -1)
