@@ -199,6 +199,14 @@ class Honest:
                 self.taken += 1
             cursor.commit()
 
+    def check(self, story: str) -> None:
+        """Nothing has disturbed them so far."""
+        assert self.failure is None, f"{self.failure!r} by or before {story}"
+        stats = self._writer.stats()
+        assert not stats["writer/resent"], (
+            f"{stats} by or before {story}:\n{self.service.log()[-3000:]}"
+        )
+
     def close(self) -> None:
         """All that was written arrived, at once and in one try."""
         self._stop.set()
@@ -663,7 +671,7 @@ def test_whatever_is_sent_is_answered_and_nothing_else_happens(service, part, tm
             take(answer)
         if count % 100 == 0:
             assert service.process.poll() is None, f"the service died by or before {story}"
-            assert honest.failure is None, f"{honest.failure!r} by or before {story}"
+            honest.check(story)
         if count == CASES // 5:
             memory = own_memory(service.process.pid)
     deadline = time.monotonic() + ANSWER_SECONDS
@@ -689,7 +697,7 @@ def check_others(service: ServiceProcess) -> None:
     """What the peer got in is a segment, or is refused by whoever reads it, at once."""
     with Reader(service.address, service.keys()) as reader:
         reader.sync()
-        for entry in itertools.islice(reader.entries(task=TASK), 200):
+        for entry in itertools.islice(reader.entries(task=TASK), 2000):
             began = time.monotonic()
             with contextlib.suppress(TwinRLError):
                 reader.load([entry])
