@@ -99,6 +99,7 @@ class Committer:
                 group, self._held = self._held or [self._work.get()], []
                 while not self._work.empty():
                     group.append(self._work.get())
+                group, self._held = self._portion(group)
                 work = [each for each in group if each is not None]
                 running = len(work) == len(group)
                 if work:
@@ -111,6 +112,15 @@ class Committer:
             log.exception("the committer failed")
             self.failure = error
 
+    def _portion(self, group: list[Work | None]) -> tuple[list[Work | None], list[Work | None]]:
+        """What is done with one transaction, and what after it."""
+        total = 0
+        for number, each in enumerate(group):
+            total += each.entry.length if isinstance(each, Insert) and each.entry else 0
+            if total > self._store.group_bytes and number:
+                return group[:number], group[number:]
+        return group, []
+
     def _commit(self, work: list[Work]) -> None:
         entries = [each.entry for each in work if isinstance(each, Insert) and each.entry]
         moved = self._moved()
@@ -121,14 +131,15 @@ class Committer:
             with self._lock:
                 evicted = {entry.id: entry for entry in self._store.evictions(entries)}
                 gone = evicted | self._deletions(work)
-            changed = [entry for id, entry in changes.items() if id not in gone]
+            known = self._store.entries
+            changed = [e for id, e in changes.items() if id in known and id not in gone]
             try:
                 self._store.commit(entries, list(gone.values()), changed)
                 break
             except RedisError as error:
                 if not self._wait_for_redis(error):
                     raise
-                work += self._early_deletions()
+                work = self._delete_first(work)
         self.trouble = ""
         with self._lock:
             self._store.publish(entries, list(gone.values()), changed)
@@ -173,13 +184,26 @@ class Committer:
                     )
         return closed
 
-    def _early_deletions(self) -> list[Work]:
-        """Deletions that came in meanwhile: they may be what a full Redis waits for."""
+    def _delete_first(self, work: list[Work]) -> list[Work]:
+        """Do the deletions of `work` and those that came in meanwhile: a full Redis waits for them. Gives the rest."""
         while not self._work.empty():
             self._held.append(self._work.get())
-        early: list[Work] = [each for each in self._held if isinstance(each, Delete)]
+        early = [each for each in [*work, *self._held] if isinstance(each, Delete)]
+        rest = [each for each in work if not isinstance(each, Delete)]
         self._held = [each for each in self._held if not isinstance(each, Delete)]
-        return early
+        if not early:
+            return rest
+        gone = list(self._deletions(early).values())
+        try:
+            self._store.commit([], gone)
+        except RedisError:
+            return [*rest, *early]
+        with self._lock:
+            self._store.publish([], gone)
+            self._published([], gone, [])
+        for each in early:
+            each.future.set_result({"deleted": len(gone)})
+        return rest
 
     def _wait_for_redis(self, error: Exception) -> bool:
         """Until it is worth trying again; False when the service is to end.

@@ -66,6 +66,7 @@ class RedisStore(FileStore):
         self._orphans: set[int] = set()  # ids whose eviction Redis has forgotten
         self._guard = threading.Lock()  # of what a fetch notes for the committer
         self._room, self._looked = float("inf"), {"memory": 0.0, "cache": 0.0}
+        self.group_bytes = BATCH_BYTES
         super().__init__(folder, redis, run, schema, capacity, flush, remover, **options)
 
     def _payload(self, id: int) -> str:
@@ -130,9 +131,22 @@ class RedisStore(FileStore):
     def _write(
         self, entries: list[Entry], evicted: Sequence[Entry], changed: Sequence[Entry]
     ) -> None:
-        for batch in list(_batches(entries)) or [[]]:
+        for batch in list(self._batches(entries)) or [[]]:
             super()._write(batch, evicted, changed)
             evicted, changed = (), ()
+
+    def _batches(self, entries: Iterable[Entry]) -> Iterator[list[Entry]]:
+        """Runs of entries whose payload is small enough for one transaction."""
+        batch: list[Entry] = []
+        total = 0
+        for entry in entries:
+            if batch and total + entry.length > self.group_bytes:
+                yield batch
+                batch, total = [], 0
+            batch.append(entry)
+            total += entry.length
+        if batch:
+            yield batch
 
     def _add_payload(
         self, pipeline: Any, entries: Collection[Entry], evicted: Sequence[Entry]
@@ -190,6 +204,8 @@ class RedisStore(FileStore):
             limit = told.get("maxmemory", 0)
             used = told.get("used_memory", 0) - told.get("mem_not_counted_for_evict", 0)
             self._room = limit * (1 - RESERVE) - used if limit else float("inf")
+            # Redis counts what it has been sent of a transaction, even of one that it will refuse.
+            self.group_bytes = min(BATCH_BYTES, max(limit // 16, 1 << 20)) if limit else BATCH_BYTES
         self._room -= coming
         return -self._room
 
@@ -260,7 +276,7 @@ class RedisStore(FileStore):
         missing = [e for e, whole in zip(entries, self._whole(entries), strict=True) if not whole]
         there = {int(id) for id in redis.hkeys(self._key("index"))}
         self._orphans = there - set(self.entries)
-        for batch in _batches(missing):
+        for batch in self._batches(missing):
             self._put_again(batch)
         super().reconnect(redis)
         self._orphans = set()
@@ -287,17 +303,3 @@ class RedisStore(FileStore):
             "replay/redis_bytes": told.get("used_memory", 0),
             "replay/cache_bytes": sum(self._live_bytes[n] for n in self._live_bytes if n),
         }
-
-
-def _batches(entries: Iterable[Entry]) -> Iterator[list[Entry]]:
-    """Runs of entries whose payload is small enough for one transaction."""
-    batch: list[Entry] = []
-    total = 0
-    for entry in entries:
-        if batch and total + entry.length > BATCH_BYTES:
-            yield batch
-            batch, total = [], 0
-        batch.append(entry)
-        total += entry.length
-    if batch:
-        yield batch

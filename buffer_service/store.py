@@ -62,6 +62,7 @@ class Store(ABC):
     counters: dict[str, int]  # kept over restarts: inserted and sampled transitions
     priorities: dict[int, float]  # of segments, where the learner set one
     open_episodes: dict[tuple[str, str], int]  # (writer, episode) -> id of its newest segment
+    group_bytes: float = float("inf")  # payload that one commit should not exceed
 
     @abstractmethod
     def recover(self) -> Recovery:
@@ -385,7 +386,8 @@ class FileStore(Store):
             if not evicted:
                 raise
             self._forget(evicted)  # Redis takes nothing now, but it lets go
-            self._write(entries, evicted, changed)
+            if entries or changed:  # else the counters can wait
+                self._write(entries, evicted, changed)
 
     def _write(
         self, entries: list[Entry], evicted: Sequence[Entry], changed: Sequence[Entry]
