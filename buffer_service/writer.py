@@ -351,6 +351,7 @@ class Writer:
                 self._allocation = None
                 if self._failed(asked):
                     self._retry_at = time.monotonic() + RETRY_SECONDS
+                    self._changed.notify_all()  # whoever flushes need not wait for his deadline
                     return
                 answer, _ = asked.result()
                 files.use(source, answer["file"], answer["size"])
