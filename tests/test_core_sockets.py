@@ -4,12 +4,14 @@ import threading
 import time
 from concurrent.futures import Future
 
+import msgpack
 import numpy as np
 import pytest
+import zmq
 
-from twinrl.core import sockets
-from twinrl.core.errors import DeadlineError, Rejected, RemoteError, TwinRLError
-from twinrl.core.keys import Keys
+from twinrl.core import sockets, wire
+from twinrl.core.errors import DeadlineError, Rejected, RemoteError, TwinRLError, WireError
+from twinrl.core.keys import Keys, secure_client, secure_server
 from twinrl.core.metrics import Reporter
 from twinrl.core.sockets import Client, Server, free_port, wait_until
 
@@ -84,6 +86,140 @@ def test_errors_reach_the_caller(serve, connect, address):
         client.call("fail")
     with pytest.raises(Rejected, match="no method 'nonsense'"):
         client.call("nonsense")
+
+
+def test_what_cannot_be_packed_is_an_error_of_its_own(serve, connect, address):
+    deep: list = []
+    for _ in range(2000):
+        deep = [deep]
+    answers = {"deep": deep, "large": 1 << 64, "object": object()}
+    late = Future()
+    serve(address, ask=lambda r: {"x": answers[r.args["what"]]}, late=lambda r: late)
+    client = connect(address)
+    for what in answers:
+        with pytest.raises((RemoteError, Rejected), match=r"encoded|pack|plain"):
+            client.call("ask", {"what": what})
+    waiting = client.submit("late")
+    late.set_result(({"x": deep}, {}))
+    with pytest.raises((RemoteError, Rejected), match=r"encoded|pack|plain"):
+        waiting.result(5)
+
+
+def test_unanswered_requests_of_a_peer_are_bounded(serve, connect, address, monkeypatch):
+    monkeypatch.setattr(sockets, "MAX_UNANSWERED", 3)
+    late = []
+
+    def wait(request):
+        late.append(Future())
+        return late[-1]
+
+    serve(address, wait=wait, echo=lambda r: dict(r.args))
+    greedy, modest = connect(address), connect(address)
+    waiting = [greedy.submit("wait") for _ in range(5)]
+    for refused in waiting[3:]:
+        with pytest.raises(RemoteError, match="3 requests of yours wait"):
+            refused.result(5)
+    fourth = modest.submit("wait")
+    wait_until(lambda: len(late) == 4, 5, "the other peer's request")
+    for each in late:
+        each.set_result({})
+    for each in (*waiting[:3], fourth):
+        assert each.result(5)[0] == {}
+    again = greedy.submit("wait")
+    wait_until(lambda: len(late) == 5, 5, "a request after the others were answered")
+    late[-1].set_result({})
+    again.result(5)
+
+
+def test_answers_that_nobody_takes_are_bounded(serve, keys, connect, address, monkeypatch):
+    monkeypatch.setattr(sockets, "MAX_UNREAD_BYTES", 8 << 20)
+    block = np.zeros(4 << 20, np.uint8)
+    server = serve(address, block=lambda r: ({}, {"x": block}))
+    context = zmq.Context()
+    deaf = context.socket(zmq.DEALER)
+    deaf.linger, deaf.rcvhwm, deaf.rcvbuf = 0, 1, 1 << 16
+    secure_client(deaf, keys["cluster"])
+    deaf.connect(address)
+    try:
+        for number in range(30):
+            deaf.send_multipart(wire.pack({"id": number, "method": "block", "args": {}}))
+        wait_until(lambda: server.stats().get("requests/failed", 0) > 15, 10, "refusals")
+        _, arrays = connect(address).call("block")
+        assert arrays["x"].nbytes == block.nbytes, "another peer gets its answer"
+        errors = 0
+        for _ in range(30):
+            assert deaf.poll(5000)
+            header, _ = wire.unpack(deaf.recv_multipart())
+            errors += "not taken yet" in header.get("error", "")
+        assert 15 < errors < 30
+    finally:
+        context.destroy(0)
+
+
+def test_a_frame_that_is_too_large_cuts_its_peer_off_and_nobody_else(
+    serve, connect, address, monkeypatch
+):
+    monkeypatch.setattr(sockets, "MAX_MESSAGE_BYTES", 1 << 20)
+    serve(address, echo=lambda r: ({}, r.arrays))
+    good, bad = connect(address), connect(address)
+    with pytest.raises(DeadlineError):
+        bad.call("echo", {}, {"x": np.zeros(2 << 20, np.uint8)}, timeout=1)
+    assert good.call("echo", {}, {"x": np.zeros(1 << 19, np.uint8)})[1]["x"].nbytes == 1 << 19
+
+
+def test_a_header_that_is_too_large_is_refused_on_both_sides(serve, keys, connect, address):
+    serve(address, echo=lambda r: dict(r.args))
+    client = connect(address)
+    with pytest.raises(WireError, match="at most 1048576"):
+        client.call("echo", {"x": "x" * (1 << 20)})
+    assert client.call("echo", {"x": "x" * 1_000_000})[0]["x"] == "x" * 1_000_000
+
+
+def test_complaints_are_logged_at_a_bounded_rate(serve, connect, address, caplog, monkeypatch):
+    monkeypatch.setattr(sockets, "COMPLAINT_SECONDS", 0.5)
+    caplog.set_level("INFO")
+
+    def fail(request):
+        raise ValueError("line\nof its own " + "x" * 100_000)
+
+    serve(address, fail=fail)
+    client = connect(address)
+    for _ in range(200):
+        with pytest.raises(RemoteError):
+            client.call("fail")
+    time.sleep(0.6)
+    with pytest.raises(RemoteError) as caught:
+        client.call("fail")
+    assert len(str(caught.value)) < 2100
+    lines = [each.getMessage() for each in caplog.records]
+    assert sum("refuses a request" in line for line in lines) <= 5 * sockets.COMPLAINTS
+    assert any("more of these" in line for line in lines)
+    assert all("\n" not in line and len(line) < 2100 for line in lines)
+
+
+def test_an_answer_of_another_version_ends_no_client(keys, address):
+    """Its requests fail with the reason, and it serves on."""
+    context = zmq.Context()
+    server = context.socket(zmq.ROUTER)
+    server.linger = 0
+    secure_server(server, keys["server"])
+    server.bind(address)
+    client = Client("oracle", address, keys["cluster"])
+    try:
+        for answer in ([99, {"id": 1, "result": {}}, []], 5, [wire.PROTOCOL, {"id": [1]}, []]):
+            waiting = client.submit("hello")
+            assert server.poll(10_000)
+            peer, _ = server.recv_multipart()
+            server.send_multipart([peer, msgpack.packb(answer)])
+            with pytest.raises(Rejected, match="the answer of oracle"):
+                waiting.result(5)
+        waiting = client.submit("hello")
+        peer, _ = server.recv_multipart()
+        server.send_multipart([peer, *wire.pack({"id": waiting.number, "result": {"a": 1}})])
+        assert waiting.result(5)[0] == {"a": 1}
+    finally:
+        client.close()
+        context.destroy(0)
 
 
 def test_late_answers_do_not_block_others(serve, connect, address):
