@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,8 @@ def attach(arguments: argparse.Namespace) -> None:
         )
         bridge = Bridge(link, driver, operator, SafetyFilter(limits), spool, job, settings)
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: bridge.stop())
+            # From a thread: within a wait, which a handler interrupts, it could wait for itself.
+            signal.signal(number, lambda *_: threading.Thread(target=bridge.stop).start())
         link.keep(bridge.state)
         bridge.run()
         left = int(spool.stats()["spool_segments"])

@@ -384,7 +384,8 @@ def serve(
     """The gateway's process: serve until SIGTERM or SIGINT."""
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+        # From a thread: within `stop.wait`, which a handler interrupts, `set` could wait for itself.
+        signal.signal(number, lambda *_: threading.Thread(target=stop.set).start())
     made = protocol.make_job(schema, job)
     gateway = Gateway(run_dir, address, internal_address, replay_address, made, metrics_address)
     gateway.start()
