@@ -32,6 +32,7 @@ from twinrl.core.sockets import Client
 FOLLOW_SECONDS = 1.0  # how long the service may hold the question for news
 NEWS_SECONDS = 1.5  # beyond that; a question that met a dying service is never answered
 SILENCE_SECONDS = 5.0  # without an answer for so long, ask anew
+LOCKED = 100  # entries that are taken in at a time
 SLOWEST = 2e6  # bytes/s of the slowest link on which an answer is waited for
 PRIORITY_SECONDS = 0.5  # between two messages with priorities
 MAPPED_COST = 16 << 10  # bytes that a decoded segment in a mapped file takes
@@ -588,11 +589,15 @@ class Reader:
         """Ask for news and take them in; after a restart of the service, or far behind, compare everything."""
         news = self._ask_index(self._newest(), self._seen, sampled, FOLLOW_SECONDS)
         if news["boot"] == self._boot and news["gone"] is not None:
+            changed = [Entry(*fields) for fields in news["changed"]]
+            fresh = [Entry(*fields) for fields in news["entries"]]
+            with self._changed:  # one that is not known yet comes later, as it is then
+                changed = [entry for entry in changed if entry.id in self._index.entries]
+            for place in range(0, len(fresh), LOCKED):  # between them a batch may be drawn
+                with self._changed:
+                    self._take(fresh[place : place + LOCKED], [])
             with self._changed:
-                known = self._index.entries
-                changed = (Entry(*fields) for fields in news["changed"])
-                fresh = [Entry(*fields) for fields in news["entries"]]
-                self._take([*fresh, *(e for e in changed if e.id in known)], news["gone"])
+                self._take(changed, news["gone"])
                 self._note(news)
             return
         self._compare()
@@ -626,8 +631,8 @@ class Reader:
                 theirs = entries.get(id)  # after a crash of the machine a number may come again
                 if theirs and (theirs.writer, theirs.sequence) != (mine.writer, mine.sequence):
                     self._drop(id)
-            for id, value in priorities.items():
-                self._index.priority.setdefault(id, value)
+            for id in priorities.keys() & entries.keys():
+                self._index.priority.setdefault(id, priorities[id])
             self._take(entries.values(), [id for id in self._index.entries if id not in entries])
             self._open = False
             self._note(begin)
