@@ -9,7 +9,7 @@ import json
 import logging
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ def serve(
     name: str = "replay",
     keys: str | Path = "",
     shards: Sequence[str] = (),
+    ready: Callable[[str], None] | None = None,
     stop: threading.Event | None = None,
 ) -> None:
     """Serve the replay of the run in `run_dir` until SIGTERM, SIGINT or `stop`.
@@ -65,7 +66,7 @@ def serve(
     the run that Redis holds although its folder is lost. redis_access: `redis_address.connect`'s options.
     redis_memory_mb: the limit of the run's own Redis. metrics_address: the collector's, for which this service is
     `name`. keys: the folder with the run's keys, by default the one in `run_dir`. shards: addresses of the services
-    beside this one, where it is the first of several from the start.
+    beside this one, where it is the first of several from the start. ready(address) is called when it serves.
     """
     run_dir = Path(run_dir).resolve()
     folder = run_dir / "replay"
@@ -75,7 +76,8 @@ def serve(
     stop = stop or threading.Event()
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: stop.set())
+            # From a thread: within `stop.wait`, which a handler interrupts, `set` could wait for itself.
+            signal.signal(number, lambda *_: threading.Thread(target=stop.set).start())
     with (folder / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -115,6 +117,8 @@ def serve(
             if metrics_address:
                 reporter = Reporter(metrics_address, cluster, "replay", name, service.stats)
             print(f"replay ready at {server.address}", flush=True)
+            if ready is not None:
+                ready(server.address)
             while not stop.wait(0.5) and service.failure is None and not lost:
                 pass
             service.close()

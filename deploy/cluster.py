@@ -33,6 +33,10 @@ class RayLearner(Learner):
         """Run the stage "pretrain" on labelled scenes."""
         return self.run("pretrain", scenes=scenes, options=options)
 
+    def stats(self) -> dict[str, Any]:
+        """The learner's figures, and its reader's: what it waits for, which shards are lost."""
+        return {**super().stats(), **self.reader.stats()}
+
 
 def start_ray(config: Config, run: RunFolder) -> None:
     """Join `ray.address` or start Ray here; its namespace is the run's name."""
@@ -103,7 +107,7 @@ class Cluster:
             ),
         )
         source = RayWeightSource(str(run.path))
-        reader = factories.reader_factory(topology["replay"], keys, str(run.path), schema)
+        reader = factories.reader_factory(topology, keys, str(run.path), schema)
 
         def reporter(role: str) -> Any:
             return factories.reporter_factory(topology["metrics"], keys, role)
@@ -137,7 +141,7 @@ class Cluster:
                 make_env=factories.env_factory(config),
                 make_runner=factories.runner_factory(policy_config, config.seed * 1000 + i),
                 make_writer=factories.writer_factory(
-                    *(topology["replay"], keys, schema),
+                    *(topology, keys, schema),
                     codec=config.replay.codec,
                     when_full=config.replay.when_full,
                 ),

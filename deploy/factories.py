@@ -45,29 +45,42 @@ def _make_runner(policy_config: dict[str, Any], seed: int) -> Any:
 
 
 def writer_factory(
-    address: str, keys: Keys, schema: Schema, **options: Any
+    topology: dict[str, Any], keys: Keys, schema: Schema, **options: Any
 ) -> Callable[[str], Any]:
     """make(name) -> a replay writer; `options` of its own."""
-    return partial(_make_writer, address, keys, schema, options)
+    return partial(_make_writer, topology["replay"], topology.get("shards"), keys, schema, options)
 
 
 def _make_writer(
-    address: str, keys: Keys, schema: Schema, options: dict[str, Any], name: str
+    address: str,
+    shards: list[str] | None,
+    keys: Keys,
+    schema: Schema,
+    options: dict[str, Any],
+    name: str,
 ) -> Any:
-    from buffer_service.client import Writer
+    from buffer_service.client import ShardedWriter, Writer
 
-    return Writer(address, keys, name, schema=schema, **options)
+    if shards is None:
+        return Writer(address, keys, name, schema=schema, **options)
+    return ShardedWriter([address, *shards], keys, name, schema=schema, **options)
 
 
-def reader_factory(address: str, keys: Keys, run_dir: str, schema: Schema) -> Callable[[], Any]:
+def reader_factory(
+    topology: dict[str, Any], keys: Keys, run_dir: str, schema: Schema
+) -> Callable[[], Any]:
     """make() -> a replay reader; it maps the payload files where the run's folder is at hand."""
-    return partial(_make_reader, address, keys, run_dir, schema)
+    return partial(_make_reader, topology["replay"], topology.get("shards"), keys, run_dir, schema)
 
 
-def _make_reader(address: str, keys: Keys, run_dir: str, schema: Schema) -> Any:
-    from buffer_service.client import Reader
+def _make_reader(
+    address: str, shards: list[str] | None, keys: Keys, run_dir: str, schema: Schema
+) -> Any:
+    from buffer_service.client import Reader, ShardedReader
 
-    return Reader(address, keys, run_dir=run_dir, schema=schema)
+    if shards is None:
+        return Reader(address, keys, run_dir=run_dir, schema=schema)
+    return ShardedReader([address, *shards], keys, run_dir=run_dir, schema=schema)
 
 
 def reporter_factory(address: str, keys: Keys, role: str) -> Callable[..., Reporter]:

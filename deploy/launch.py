@@ -18,6 +18,7 @@ from typing import Any
 
 from dashboard.progress import Progress
 from dashboard.server import make_token
+from deploy import shards
 from deploy.description import describe_job
 from deploy.memory import Memory
 from deploy.processes import Supervisor
@@ -54,12 +55,18 @@ class Job:
         self.progress.update(1)
         for name in ("replay", "gateway", "dashboard"):
             self.supervisor.start(name, name, "--run", str(run.path))
+        beside = shards.local_numbers(topology)
+        for number in beside:
+            arguments = ("--run", str(run.path), "--shard", str(number))
+            self.supervisor.start(shards.role_of(number), "replay", *arguments)
         self.reporter = Reporter(
             topology["metrics"], run.keys("cluster"), "run", "launch", self._stats
         )
         self._stage_name, self._stage_share = "starting", 0.0
         self.progress.update(2)
         self._wait_for("replay", topology["replay"], "info")
+        for name in map(shards.role_of, beside):
+            self._wait_for(name, topology["roles"][name]["address"], "info")
         self._wait_for("gateway", topology["gateway_internal"], "robots")
         self.progress.update(3)
         from deploy.cluster import Cluster, start_ray
@@ -226,6 +233,10 @@ class Job:
                 },
             },
         }
+        roles = topology["roles"]
+        roles |= shards.divided(config, roles["replay"], local)
+        if config.replay.shards > 1 or config.replay.growable:  # members look for further ones
+            topology["shards"] = roles["replay"].get("shards", [])
         run.save_topology(topology)
         return topology
 

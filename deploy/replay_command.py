@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -45,6 +46,8 @@ FILTERS = """an episode must pass all filters; in them
 def command(argv: list[str]) -> int:
     """The command `twinrl replay`."""
     arguments = make_parser().parse_args(argv)
+    if arguments.serve is not None:
+        return arguments.serve(arguments)
     run = find_run(arguments.run, arguments.runs)
     act: Callable[[Reader, Path, argparse.Namespace], int] = arguments.act
     with open_replay(run, arguments.deadline) as reader:
@@ -63,6 +66,7 @@ def make_parser() -> argparse.ArgumentParser:
         "  twinrl replay demo show last --source real\n"
         "  twinrl replay demo export data/demo --success\n"
         "  twinrl replay demo delete --source twin --until 2h\n"
+        "  twinrl replay demo add-shard\n"
         "`twinrl replay RUN COMMAND --help` has more.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -71,13 +75,14 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--deadline", type=float, default=30.0, metavar="S", help="for the service to answer, 30"
     )
-    parser.set_defaults(act=_summary, json=False)
+    parser.set_defaults(act=_summary, json=False, serve=None)
     commands = parser.add_subparsers(metavar="COMMAND")
     _add_list(commands)
     _add_summary(commands)
     _add_show(commands)
     _add_export(commands)
     _add_delete(commands)
+    _add_add_shard(commands)
     return parser
 
 
@@ -389,3 +394,45 @@ def _delete(reader: Reader, run: Path, arguments: argparse.Namespace) -> int:
     if deleted < len(ids):
         print(f"{len(ids) - deleted:,} of the segments were gone already", file=sys.stderr)
     return 0
+
+
+def _add_add_shard(commands: Any) -> None:
+    parser = commands.add_parser(
+        "add-shard",
+        help="serve one more part of a running job's replay from here",
+        description="Serve one more part (shard) of a running job's replay from this machine, until Ctrl-C. Writers "
+        "and readers take it in within seconds; run the command with the same --folder again and it goes on. On "
+        "another host RUN is a folder with copies of the run's topology.json and keys/.",
+        epilog="examples:\n"
+        "  twinrl replay demo add-shard\n"
+        "  twinrl replay demo add-shard --redis redis://:secret@store:6379/0\n"
+        "  twinrl replay /data/demo add-shard --address 'tcp://10.0.0.7:*'",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--folder", type=Path, metavar="DIR", help="its own; RUN/replay-N")
+    parser.add_argument(
+        "--address",
+        default="",
+        metavar="ADDRESS",
+        help="where to listen, tcp://HOST:PORT or tcp://HOST:* for a free port; default: the interface towards "
+        "the first service",
+    )
+    parser.add_argument(
+        "--redis", metavar="URL", help="default: as the first service; '' for one of its own"
+    )
+    parser.set_defaults(serve=_add_shard)
+
+
+def _add_shard(arguments: argparse.Namespace) -> int:
+    from deploy.shards import add_shard
+
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    places = [Path(arguments.run), Path(arguments.runs) / arguments.run]
+    run = next((place for place in places if (place / "topology.json").exists()), None)
+    if run is None:
+        raise ConfigError(
+            f"no run {arguments.run!r} with a topology.json, in {arguments.runs}/ neither"
+        )
+    return add_shard(run.resolve(), arguments.folder, arguments.address, arguments.redis)

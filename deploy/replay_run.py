@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from buffer_service.client import Reader
+from buffer_service.client import Reader, ShardedReader
 from dashboard.source import LiveSource, open_source
+from deploy.shards import local_numbers, role_of
 from twinrl.core import wire
 from twinrl.core.errors import ConfigError, TwinRLError
 from twinrl.core.keys import Keys
@@ -38,7 +39,7 @@ def find_run(name: str, runs: str | Path = "runs") -> Path:
 
 
 @contextlib.contextmanager
-def open_replay(run: Path, deadline: float = 30.0) -> Iterator[Reader]:
+def open_replay(run: Path, deadline: float = 30.0) -> Iterator[Reader | ShardedReader]:
     """A reader of the run's replay whose index is complete.
 
     Where neither the replay service nor the job's collector answers, the run is stopped: its service is started
@@ -46,11 +47,19 @@ def open_replay(run: Path, deadline: float = 30.0) -> Iterator[Reader]:
     """
     with contextlib.ExitStack() as stack:
         address = _address(run)
+        others = topology(run).get("shards") or []
         if not _listens(address) and not _is_running(run):
+            _say(f"{run.name} is not running: serving its replay from {run} for this command")
             address = stack.enter_context(_temporary_service(run))
+            for number in local_numbers(topology(run)):
+                others[number - 1] = stack.enter_context(_temporary_service(run, number))
         keys = Keys.load(run / "keys" / "cluster.key")
-        reader = Reader(
-            address, keys, run, name="twinrl replay", deadline=deadline, cache_bytes=256 << 20
+        options: dict[str, Any] = {"name": "twinrl replay", "deadline": deadline}
+        options["cache_bytes"] = 256 << 20
+        reader: Reader | ShardedReader = (
+            ShardedReader([address, *others], keys, run, **options)
+            if others
+            else Reader(address, keys, run, **options)
         )
         stack.enter_context(reader)
         _compare(reader, run, address)
@@ -58,7 +67,7 @@ def open_replay(run: Path, deadline: float = 30.0) -> Iterator[Reader]:
         yield reader
 
 
-def _compare(reader: Reader, run: Path, address: str) -> None:
+def _compare(reader: Reader | ShardedReader, run: Path, address: str) -> None:
     """Refuse the service of another folder: a copied run has the address and the keys of its original."""
     hello = reader.call("hello", {"protocol": wire.PROTOCOL}, reader.deadline)
     folder = Path(hello["folder"])
@@ -106,16 +115,16 @@ def _is_running(run: Path) -> bool:
 
 
 @contextlib.contextmanager
-def _temporary_service(run: Path) -> Iterator[str]:
-    """The run's replay service as a child; gives its address. It takes the run's lock, so there is never a second."""
-    if "replay" not in topology(run).get("roles", {}):
+def _temporary_service(run: Path, shard: int = 0) -> Iterator[str]:
+    """A replay service of the run as a child; gives its address. It takes the run's lock, so there is never a second."""
+    if role_of(shard) not in topology(run).get("roles", {}):
         raise ConfigError(
             f"{run.name!r} does not run, and its topology.json doesn't say how to start its replay"
         )
-    _say(f"{run.name} is not running: serving its replay from {run} for this command")
+    command = [sys.executable, "-m", "twinrl.main", "serve", "replay", "--run", str(run), "--look"]
     with tempfile.TemporaryFile("w+") as log:
         child = subprocess.Popen(
-            [sys.executable, "-m", "twinrl.main", "serve", "replay", "--run", str(run), "--look"],
+            [*command, "--shard", str(shard)],
             stdout=subprocess.PIPE,
             stderr=log,
             text=True,

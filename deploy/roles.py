@@ -10,6 +10,7 @@ import math
 
 from deploy.description import make_schema
 from deploy.run_folder import RunFolder
+from deploy.shards import moved, role_of
 from twinrl.core.errors import ConfigError
 
 ROLES = {
@@ -25,6 +26,7 @@ def command(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="twinrl serve", description="One process of a job.")
     parser.add_argument("role", choices=sorted(ROLES))
     parser.add_argument("--run", required=True, help="the run's folder")
+    parser.add_argument("--shard", type=int, default=0, metavar="N", help="of the replay; 0")
     parser.add_argument(
         "--look",
         action="store_true",
@@ -36,12 +38,13 @@ def command(argv: list[str]) -> int:
         level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
     run = RunFolder.open(arguments.run)
-    settings = run.topology()["roles"].get(arguments.role)
+    name = role_of(arguments.shard) if arguments.shard else arguments.role
+    settings = run.topology()["roles"].get(name)
     if settings is None:
-        raise ConfigError(f"run {run.name!r} has no {arguments.role}")
+        raise ConfigError(f"run {run.name!r} has no {name}")
     if arguments.look:  # where it is now, should it have been moved or copied since
-        settings.update(run_dir=str(run.path), address="tcp://127.0.0.1:*")
-        settings.update(metrics_address="", lease=math.inf)
+        settings = moved(settings, arguments.shard, run.path)
+        settings.update(address="tcp://127.0.0.1:*", metrics_address="", lease=math.inf)
     if "schema" in settings:
         settings["schema"] = make_schema(settings["schema"])
     if "limiter" in settings:

@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from twinrl.core.codec import check_codec
 from twinrl.core.errors import ConfigError
@@ -44,6 +51,10 @@ class RedisConfig(Section):
     )
     tls_certificate: str | None = Field(None, description="this client's own certificate, PEM")
     tls_key: str | None = Field(None, description="its key, PEM")
+    shard_urls: tuple[str, ...] = Field(
+        (),
+        description="addresses for replay services 1, 2, ...; url, or one embedded in each, when absent",
+    )
     adopt: bool = Field(
         False, description="with store redis: go on with a run whose folder, or host, is lost"
     )
@@ -72,6 +83,16 @@ class ReplayConfig(Section):
     cache_mb: int = Field(
         4096, ge=8, description="with store redis: segment files kept for readers on the host, MB"
     )
+    shards: int = Field(
+        1,
+        ge=1,
+        le=64,
+        description="services, each with an index in a Redis, or under keys, of its own (docs/shards.md); "
+        "capacities and min_size are divided among them",
+    )
+    growable: bool = Field(
+        False, description="look for services that are added while the job runs; so with shards > 1"
+    )
     flush: Literal["everysec", "always", "never"] = Field(
         "everysec",
         description="when payloads are synced: an acknowledged segment survives every process in any case, and the "
@@ -82,6 +103,18 @@ class ReplayConfig(Section):
         gt=0,
         description="batch transitions sampled for each one inserted; no limit when absent",
     )
+
+    @field_validator("samples_per_insert")
+    @classmethod
+    def _counted_in_one_place(cls, value: float | None, info: ValidationInfo) -> float | None:
+        several = info.data.get("shards", 1) > 1 or info.data.get("growable")
+        if value is not None and several:
+            raise ValueError(
+                "one service counts its samples and inserts, so it needs shards 1 and growable false: each of "
+                "several would see a part, and could hold writers that the others wait for"
+            )
+        return value
+
     min_size: int = Field(
         0, ge=0, description="transitions that must be there before any is sampled"
     )
