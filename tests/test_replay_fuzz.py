@@ -26,6 +26,7 @@ from buffer_service import record
 from buffer_service.client import Cursor, Reader, Writer
 from buffer_service.files import path_of
 from buffer_service.testing import SCHEMA, ServiceProcess, segment
+from twinrl.core import codec as codecs
 from twinrl.core import wire
 from twinrl.core.errors import TwinRLError
 from twinrl.core.keys import secure_client
@@ -109,7 +110,8 @@ SHAPES = (
         [-8, -1],
     ),
 )
-CODECS = ("raw", "nonsense", "", None, 5, [], "zstd", "lz4", "jpeg", "png", "__class__", "x" * 1000)
+CODECS = (*codecs.CODECS, "nonsense", "", None, 5, [], "__class__", "x" * 1000)
+CODED = tuple(name for name in codecs.CODECS if name != "raw")
 TASK = "fuzz"
 
 
@@ -302,7 +304,8 @@ class Forge:
     def __call__(self, case: int):
         rng = random.Random(f"{self._seed}/{case}")
         kinds = (self.wrong, self.wrong, self.weird, self.spec, self.bytes, self.frames, self.raw)
-        what, frames, must_fail = rng.choice((*kinds, self.record))(rng, case)
+        kinds += (self.record, self.coded, self.rows)
+        what, frames, must_fail = rng.choice(kinds)(rng, case)
         if "insert_file" in what and not must_fail:
             must_fail = None  # where the next record belongs depends on the answer
         return what, frames, must_fail
@@ -468,6 +471,44 @@ class Forge:
         prefix = PREFIX.pack(magic, start + len(columns), len(head), rest[0], digest, rest[2])
         what = str(header if field < 0 else specs[place])[:100]
         return (prefix + head).ljust(start, b"\0") + columns, f"forged {what}"
+
+    def coded(self, rng, case):
+        """Encoded images whose bytes are damaged: the service keeps them, and whoever decodes them must not fall."""
+        header, arrays = self.good(rng, case, "insert")
+        codec = rng.choice(CODED)
+        for name in ("observation.images.front", "observation.images.wrist"):
+            arrays = {**arrays, name: codecs.encode(arrays[name], codec)}
+        frames = [bytearray(frame) for frame in pack(header, arrays)]
+        frame, how = (
+            rng.choice(frames[-2:]),
+            rng.choice(("no", "flip", "cut", "add", "noise", "table")),
+        )
+        if how == "flip":
+            for _ in range(rng.choice((1, 2, 8))):
+                frame[rng.randrange(len(frame))] ^= 1 << rng.randrange(8)
+        elif how == "cut":
+            del frame[rng.randrange(len(frame)) :]
+        elif how == "add":
+            frame += rng.randbytes(rng.choice((1, 7, 1000)))
+        elif how == "noise":
+            frame[:] = rng.randbytes(len(frame))
+        elif how == "table":
+            place = 4 * rng.randrange(STEPS + 1)
+            frame[place : place + 4] = rng.choice((0, 1, 1 << 16, (1 << 32) - 1)).to_bytes(
+                4, "little"
+            )
+        return f"insert in {codec}: {how}", frames, False
+
+    def rows(self, rng, case):
+        """Rows of what was sent before, damaged or not."""
+        header, _ = self.good(rng, case, "rows")
+        most = 3 + case % CASES // 4
+        windows = [
+            [rng.randint(1, most), rng.randrange(9), rng.randint(1, 4), 0]
+            for _ in range(rng.randint(1, 8))
+        ]
+        header["args"] |= {"windows": windows, "codec": rng.choice((*CODED, "raw"))}
+        return f"rows {windows}", pack(header, {}), False
 
     def raw(self, rng, case):
         """No request at all."""
