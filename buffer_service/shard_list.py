@@ -39,7 +39,7 @@ class ShardList:
         """
         self._redis, self._key = redis, f"{prefix}shards"
         self._schema, self._token, self._keys = schema, token, keys
-        self._lock = threading.Lock()  # one is added after the other
+        self._adding = threading.Lock()  # held by the thread that looks at a new one
         self._addresses = [each.decode() for each in redis().lrange(self._key, 0, -1)]
         for address in configured:
             if address not in self._addresses:
@@ -60,6 +60,8 @@ class ShardList:
         place = urlsplit(address)
         with contextlib.suppress(ValueError):
             if place.scheme == "tcp" and place.hostname and place.port:
+                if not self._adding.acquire(blocking=False):
+                    raise RemoteError("another shard is just being looked at: ask again")
                 future: Future = Future()
                 threading.Thread(target=self._add, args=(address, future), daemon=True).start()
                 return future
@@ -67,12 +69,17 @@ class ShardList:
 
     def _add(self, address: str, future: Future) -> None:
         try:
-            with self._lock:
-                future.set_result(self._look_and_keep(address))
+            answer, failure = self._look_and_keep(address), None
         except RedisError as error:
-            future.set_exception(RemoteError(f"Redis keeps the list of shards: {error}"))
+            answer, failure = {}, RemoteError(f"Redis keeps the list of shards: {error}")
         except Exception as error:
-            future.set_exception(error)
+            answer, failure = {}, error
+        finally:
+            self._adding.release()
+        if failure is not None:
+            future.set_exception(failure)
+        else:
+            future.set_result(answer)
 
     def _look_and_keep(self, address: str) -> dict[str, Any]:
         if address not in self._addresses:

@@ -134,7 +134,8 @@ class ShardedReader:
                 accounts[number] = answer
         if not accounts:
             raise DeadlineError("; ".join(["no replay service answers", *self._describe_lost()]))
-        return _merge(accounts) | {"lost": self._describe_lost()}
+        merged, lost = _merge(accounts), self._describe_lost()
+        return merged | {"lost": lost, "waiting": [*merged["waiting"], *lost]}
 
     def call(self, method: str, args: dict[str, Any], deadline: float) -> dict[str, Any]:
         """A request to the first service. `delete`, of ids from here, goes to each that holds some."""
