@@ -24,7 +24,7 @@ from buffer_service import record
 from twinrl.core.errors import Rejected
 from twinrl.core.segment import Segment
 
-FILE_BYTES = 256 << 20
+FILE_BYTES = 64 << 20  # reserved whole, so the tail of a file being written costs disk
 MAX_RESERVED_BYTES = (
     64 << 30
 )  # allocated and not filled yet; writers that come and go must not fill a disk
