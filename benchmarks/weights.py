@@ -9,11 +9,15 @@ stall    updates of a plain network with Adam, a version published after each, a
          published every 50 updates: what `publish` takes of them, and how much slower they are than without.
 link     one Adam step of a 50 MB model to a member behind a 20 Mbit/s link (a token bucket in a process of its own):
          from `publish` until it has the new version, decoded and compared. Sizes at other learning rates.
+
+Other programs' use of the processors is measured beside every row (`others`, cores). Rounds wait for quiet moments, not
+for ever, and figures are medians of the quiet rows where there are at least 3, else of all.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -22,11 +26,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 
 from benchmarks._slow_link import SlowLink
 from benchmarks.replay import machine
@@ -41,6 +45,8 @@ MBIT_S = 20.0
 RATES = (3e-4, 3e-5, 3e-6)
 WIDTH = 2048  # of the network: 12.6 million parameters, 50 MB
 BATCH = 256  # the default of real_rl.batch_size
+QUIET = 0.15  # cores that others may use in a quiet row
+PATIENCE = 30.0  # s that a group of rounds may wait for quiet moments
 Row = dict[str, Any]
 
 
@@ -50,7 +56,7 @@ class Size(NamedTuple):
     nbytes: int = 500_000_000  # of the set that actors get
     crowds: tuple[int, ...] = CROWDS
     rounds: int = 9
-    demo_updates: int = 30
+    demo_updates: int = 20
     networks: tuple[tuple[int, int], ...] = (
         (WIDTH, 12),
         (6455, 3),
@@ -78,6 +84,54 @@ def copy_seconds(arrays: dict[str, np.ndarray], into: dict[str, np.ndarray]) -> 
     return time.perf_counter() - start
 
 
+class Others:
+    """What programs outside this process's tree take of the processors."""
+
+    def __init__(self) -> None:
+        self._me = psutil.Process()
+        self.start()
+
+    def start(self) -> None:
+        """Begin to measure."""
+        self._before = self._used()
+
+    def cores(self) -> float:
+        """Mean since `start`, in cores."""
+        now = self._used()
+        return max(0.0, now[1] - self._before[1]) / max(now[0] - self._before[0], 1e-3)
+
+    def wait(self, patience: float) -> float:
+        """Return when it is quiet, or after `patience` seconds; gives what of it is left."""
+        end = time.monotonic() + patience
+        while time.monotonic() < end:
+            self.start()
+            time.sleep(0.25)
+            if self.cores() <= QUIET:
+                break
+        return end - time.monotonic()
+
+    def _used(self) -> tuple[float, float]:
+        total = psutil.cpu_times()
+        busy = sum(total) - total.idle - total.iowait - total.guest - total.guest_nice
+        own = 0.0
+        for process in [self._me, *self._me.children(recursive=True)]:
+            with contextlib.suppress(psutil.Error):
+                times = process.cpu_times()
+                own += times.user + times.system
+        return time.monotonic(), busy - own
+
+
+def quiet_rounds(wanted: int, measure: Callable[[], Row]) -> list[Row]:
+    """Rows of `measure()` until `wanted` of them are quiet, twice as many at most."""
+    others, rows, patience = Others(), [], PATIENCE
+    while sum(row["others"] <= QUIET for row in rows) < wanted and len(rows) < 2 * wanted:
+        patience = others.wait(max(patience, 0.0))
+        others.start()
+        row = measure()
+        rows.append({**row, "others": others.cores()})
+    return rows
+
+
 class Member:
     """An actor that waits for weights and says when it has them."""
 
@@ -100,7 +154,7 @@ class Member:
         return time.monotonic()
 
 
-@contextmanager
+@contextlib.contextmanager
 def cluster(store_mb: int) -> Iterator[str]:
     """A local Ray and a run's folder."""
     import ray
@@ -148,8 +202,10 @@ def _crowd(folder: str, arrays: Any, into: Any, actors: int, rounds: int) -> lis
     sink = RayWeightSink(folder)
     kind = ray.remote(Member).options(num_cpus=0)
     members = [kind.remote(RayWeightSource(folder)) for _ in range(actors)]
-    rows, version = [], sink.newest()
-    for number in range(WARM + rounds):
+    version = sink.newest()
+
+    def measure() -> Row:
+        nonlocal version
         waiting = [member.adopt.remote(version) for member in members]
         time.sleep(0.3 + 0.05 * actors)  # all wait
         copied = copy_seconds(arrays, into)
@@ -159,19 +215,20 @@ def _crowd(folder: str, arrays: Any, into: Any, actors: int, rounds: int) -> lis
         lost = time.monotonic() - start
         there = sorted(at - start for at in ray.get(waiting, timeout=120))
         sink.flush()
-        rows.append(
-            {
-                "rows": "channel",
-                "what": "shared memory" if number >= WARM else "shared memory, first",
-                "actors": actors,
-                "MB": sum(a.nbytes for a in arrays.values()) / 1e6,
-                "memcpy_ms": copied * 1e3,
-                "publish_ms": lost * 1e3,
-                "first_ms": there[0] * 1e3,
-                "last_ms": there[-1] * 1e3,
-                "vs_memcpy": copied / there[0],
-            }
-        )
+        return {
+            "rows": "channel",
+            "what": "shared memory",
+            "actors": actors,
+            "MB": sum(a.nbytes for a in arrays.values()) / 1e6,
+            "memcpy_ms": copied * 1e3,
+            "publish_ms": lost * 1e3,
+            "first_ms": there[0] * 1e3,
+            "last_ms": there[-1] * 1e3,
+            "vs_memcpy": copied / there[0],
+        }
+
+    rows = [{**measure(), "what": "shared memory, first"} for _ in range(WARM)]
+    rows += quiet_rounds(rounds, measure)
     sink.close()
     for actor in (store, *members):
         ray.kill(actor)
@@ -195,29 +252,29 @@ def _objects(arrays: Any, into: Any, actors: int, rounds: int) -> list[Row]:
     import ray
 
     members = [ray.remote(Member).options(num_cpus=0).remote(None) for _ in range(actors)]
-    rows, kept = [], []
-    for number in range(
-        WARM + 4 + rounds
-    ):  # Ray's allocator needs longer until all pages are touched
+    kept: list[Any] = []
+
+    def measure() -> Row:
         copied = copy_seconds(arrays, into)
         start = time.monotonic()
-        reference = ray.put(arrays)
+        kept.append(ray.put(arrays))
         lost = time.monotonic() - start
-        kept = [*kept, reference][-KEEP:]
+        del kept[:-KEEP]
         published = checksum(arrays)
-        there = ray.get([m.adopt_object.remote([reference], published) for m in members])
-        rows.append(
-            {
-                "rows": "channel",
-                "what": "Ray's store" if number >= WARM + 4 else "Ray's store, first",
-                "actors": actors,
-                "memcpy_ms": copied * 1e3,
-                "publish_ms": lost * 1e3,
-                "first_ms": (min(there) - start) * 1e3,
-                "vs_memcpy": copied / (min(there) - start),
-            }
-        )
-    return rows
+        there = ray.get([m.adopt_object.remote([kept[-1]], published) for m in members])
+        return {
+            "rows": "channel",
+            "what": "Ray's store",
+            "actors": actors,
+            "memcpy_ms": copied * 1e3,
+            "publish_ms": lost * 1e3,
+            "first_ms": (min(there) - start) * 1e3,
+            "vs_memcpy": copied / (min(there) - start),
+        }
+
+    # Its allocator needs longer until all pages are touched.
+    rows = [{**measure(), "what": "Ray's store, first"} for _ in range(WARM + 4)]
+    return rows + quiet_rounds(rounds, measure)
 
 
 class Network:
@@ -299,7 +356,6 @@ def stall(size: Size) -> list[Row]:
 
 
 def _stall(what: str, network: Any, updates: int, every: int = 1) -> list[Row]:
-    rows = []
     nbytes = sum(array.nbytes for array in network.arrays().values())
     with tempfile.TemporaryDirectory(prefix="weights-") as folder:
         publisher = Publisher(slots_folder(folder))
@@ -309,26 +365,28 @@ def _stall(what: str, network: Any, updates: int, every: int = 1) -> list[Row]:
             publisher.publish(version, network.arrays())
             publisher.flush()
         network.update(BATCH)
-        for _ in range(3):
+
+        def measure() -> Row:
+            nonlocal version
             plain = [_timed(lambda: network.update(BATCH)) for _ in range(updates)]
             with_it, lost = [], []
             for _ in range(updates):
                 version += 1
                 lost.append(_timed(lambda v=version: publisher.publish(v, network.arrays())))
                 with_it.append(lost[-1] + _timed(lambda: network.update(BATCH)))
-            rows.append(
-                {
-                    "rows": "stall",
-                    "what": what,
-                    "MB": nbytes / 1e6,
-                    "update_ms": statistics.median(plain) * 1e3,
-                    "with_publish_ms": statistics.median(with_it) * 1e3,
-                    "publish_ms": statistics.median(lost) * 1e3,
-                    "every": every,
-                    "share": statistics.median(lost) / statistics.median(plain) / every,
-                    "slower": statistics.median(with_it) / statistics.median(plain) - 1,
-                }
-            )
+            return {
+                "rows": "stall",
+                "what": what,
+                "MB": nbytes / 1e6,
+                "update_ms": statistics.median(plain) * 1e3,
+                "with_publish_ms": statistics.median(with_it) * 1e3,
+                "publish_ms": statistics.median(lost) * 1e3,
+                "every": every,
+                "share": statistics.median(lost) / statistics.median(plain) / every,
+                "slower": statistics.median(with_it) / statistics.median(plain) - 1,
+            }
+
+        rows = quiet_rounds(3, measure)
         publisher.close(remove=True)
     return rows
 
@@ -424,8 +482,10 @@ def figures(rows: list[Row]) -> dict[str, float]:
     """Medians of the rows, by the keys that stay."""
 
     def middle(key: str, **which: Any) -> float | None:
-        found = [r[key] for r in rows if all(r.get(k) == v for k, v in which.items())]
-        return statistics.median(found) if found else None
+        found = [r for r in rows if all(r.get(k) == v for k, v in which.items())]
+        quiet = [r for r in found if r.get("others", 0.0) <= QUIET]
+        values = [r[key] for r in (quiet if len(quiet) >= 3 else found)]
+        return statistics.median(values) if values else None
 
     found: dict[str, float | None] = {}
     for actors in CROWDS:

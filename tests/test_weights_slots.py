@@ -158,6 +158,7 @@ def test_training_goes_on_while_a_version_is_sent(tmp_path, monkeypatch):
     """The arrays change as soon as `publish` returns: no version ever has a value of another."""
     for module in (twinrl.weights, twinrl.weights_slots):
         monkeypatch.setattr(module, "BLOCK", 1 << 14)
+    monkeypatch.setattr(twinrl.weights_slots, "PIECE", 1 << 12)
     publisher, folder = Publisher(tmp_path / "slots"), tmp_path / "slots"
     seen, stop = [], threading.Event()
 
@@ -240,7 +241,7 @@ def test_a_restarted_learner_counts_on(tmp_path):
         "import sys, numpy as np\nfrom pathlib import Path\n"
         "from twinrl.weights_slots import SlotWriter\n"
         "w = SlotWriter(Path(sys.argv[1])); s, t = w.take({'a': np.ones(9)})\n"
-        "next(s.fill({'a': np.ones(9)}, t)); import os; os.kill(os.getpid(), 9)\n"
+        "s.fill({'a': np.ones(9)}, t); import os; os.kill(os.getpid(), 9)\n"
     )
     folder = tmp_path / "killed"
     before = Publisher(folder)

@@ -32,7 +32,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,18 @@ import msgpack
 import numpy as np
 import psutil
 
-from twinrl.core.checksum import digest
+from twinrl.core.checksum import digest, digest_of
 from twinrl.core.errors import DeadlineError, TwinRLError, WireError
-from twinrl.weights import BLOCK, Weights, checksum, compare, label
+from twinrl.weights import BLOCK, Weights, checksum, compare, label, packed
 
 MAGIC = b"TWINWGT1"
 HEAD = struct.Struct("<8sqQQ")
 HEAD_BYTES = HEAD.size + 8
 NUMBER = struct.Struct("<q")
 ALIGN = 64
+PIECE = (
+    1 << 20
+)  # bytes copied at a time: they are in the second-level cache when the checksum reads them
 SPARE = 2  # files that are kept though no version is in them
 POLL = 0.002  # s between looks
 TURN = 1.0  # s to wait for other readers of this host before reading beside them
@@ -115,16 +118,18 @@ class Slot:
         self.version = -1
         return True
 
-    def fill(self, arrays: Mapping[str, np.ndarray], table: list[Any]) -> Iterator[Any]:
-        """Copy `arrays` in, giving labels (bytes) and blocks as soon as they are copied, for the checksum."""
+    def fill(self, arrays: Mapping[str, np.ndarray], table: list[Any]) -> int:
+        """Copy `arrays` in; gives their checksum, computed from each piece while it is in the processor's cache."""
+        covered: list[bytes] = []
         for name, dtype, shape, offset in table:
+            covered.append(label(name, dtype, shape))
             source = np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8)
             target = np.frombuffer(self.memory, np.uint8, source.size, offset)
-            yield label(name, dtype, shape)
             for start in range(0, source.size, BLOCK):
-                block = target[start : start + BLOCK]
-                np.copyto(block, source[start : start + BLOCK])
-                yield block
+                stop = min(start + BLOCK, source.size)
+                pieces = (slice(i, min(i + PIECE, stop)) for i in range(start, stop, PIECE))
+                covered.append(packed(digest_of(_copied(target, source, pieces))))
+        return digest_of(covered)
 
     def seal(self, version: int, checksum: int, table: bytes, path: Path) -> None:
         """Complete: from now on it is `version` for everybody."""
@@ -382,6 +387,14 @@ def _map_all(fd: int) -> mmap.mmap:
     with contextlib.suppress(OSError, ValueError):
         memory.madvise(POPULATE_READ)
     return memory
+
+
+def _copied(
+    target: np.ndarray, source: np.ndarray, pieces: Iterable[slice]
+) -> Iterator[np.ndarray]:
+    for piece in pieces:
+        np.copyto(target[piece], source[piece])
+        yield target[piece]
 
 
 def _lay_out(arrays: Mapping[str, np.ndarray]) -> tuple[list[Any], int]:
