@@ -50,6 +50,7 @@ class ShardedReader:
         seed: int = 0,
         deadline: float = 30.0,
         cache_bytes: int = 2 << 30,
+        codec: str = "raw",
         lost_after: float = LOST_SECONDS,
     ) -> None:
         """addresses: see `Links`. run_dir: of the first service; the others say themselves where their files are.
@@ -73,6 +74,7 @@ class ShardedReader:
                 name=name,
                 deadline=CONNECT_SECONDS,
                 cache_bytes=cache_bytes // len(addresses),
+                codec=codec,
                 changed=self._changed,
             )
             reader.deadline = min(ANSWER_SECONDS, deadline)
@@ -465,6 +467,7 @@ def _merge(accounts: dict[int, dict[str, Any]]) -> dict[str, Any]:
     first = next(iter(accounts.values()))
     sizes: dict[str, collections.Counter[str]] = {}
     sums = {name: collections.Counter() for name in ("counters", "stats", "capacity")}
+    cursors: dict[str, collections.Counter[str]] = {}
     written: collections.Counter[str] = collections.Counter()  # segments of each writer
     for account in accounts.values():
         for key, size in account["sizes"].items():
@@ -472,6 +475,8 @@ def _merge(accounts: dict[int, dict[str, Any]]) -> dict[str, Any]:
         for name, total in sums.items():
             total.update({k: v for k, v in account[name].items() if isinstance(v, (int, float))})
         written.update({writer: last + 1 for writer, last in account["writers"].items()})
+        for name, values in account["cursors"].items():
+            cursors.setdefault(name, collections.Counter()).update(values)
     waiting = [
         f"shard {number}: {text}"
         for number, account in accounts.items()
@@ -482,6 +487,10 @@ def _merge(accounts: dict[int, dict[str, Any]]) -> dict[str, Any]:
         **{name: dict(total) for name, total in sums.items()},
         "sizes": {key: dict(size) for key, size in sizes.items()},
         "writers": {writer: count - 1 for writer, count in written.items()},
+        "cursors": {
+            name: dict(total) | {"position": first["cursors"].get(name, {}).get("position", 0)}
+            for name, total in cursors.items()
+        },
         "waiting": waiting,
         "shards": accounts,
     }

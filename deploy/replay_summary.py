@@ -81,11 +81,11 @@ def _held(reader: Reader, source: str) -> int:
 
 
 def _on_disk(run: Path) -> dict[str, int]:
-    """Bytes that the folder takes on this host, allocated and not yet used ones included."""
+    """Bytes that the folders take on this host, allocated and not yet used ones included."""
     sizes = {}
     for name in ("replay", "redis"):
         sizes[name] = 0
-        for path in (run / name).rglob("*"):
+        for path in (p for part in (run, *run.glob("replay-*")) for p in (part / name).rglob("*")):
             try:
                 sizes[name] += path.lstat().st_blocks * 512
             except OSError:  # evicted meanwhile
