@@ -57,15 +57,13 @@ class ShardList:
         Answered with its `number` and `addresses`.
         """
         address = arguments.text(request.args, "address", longest=200)
-        place = urlsplit(address)
-        with contextlib.suppress(ValueError):
-            if place.scheme == "tcp" and place.hostname and place.port:
-                if not self._adding.acquire(blocking=False):
-                    raise RemoteError("another shard is just being looked at: ask again")
-                future: Future = Future()
-                threading.Thread(target=self._add, args=(address, future), daemon=True).start()
-                return future
-        raise Rejected(f"{address!r} is no address: write tcp://HOST:PORT")
+        if not _is_address(address):
+            raise Rejected(f"{address!r} is no address: write tcp://HOST:PORT")
+        if not self._adding.acquire(blocking=False):
+            raise RemoteError("another shard is just being looked at: ask again")
+        future: Future = Future()
+        threading.Thread(target=self._add, args=(address, future), daemon=True).start()
+        return future
 
     def _add(self, address: str, future: Future) -> None:
         try:
@@ -113,3 +111,11 @@ class ShardList:
     def _keep(self, address: str) -> None:
         self._redis().rpush(self._key, address)
         self._addresses = [*self._addresses, address]
+
+
+def _is_address(text: str) -> bool:
+    try:
+        place = urlsplit(text)
+        return place.scheme == "tcp" and bool(place.hostname and place.port)
+    except ValueError:  # no port of this world
+        return False

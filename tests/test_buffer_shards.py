@@ -361,6 +361,9 @@ def test_the_first_service_keeps_the_list(shards, tmp_path):
     try:
         for address, why in (
             ("nonsense", "is no address"),
+            ("tcp://[::1", "is no address"),
+            ("tcp://127.0.0.1:70000", "is no address"),
+            (5, "should be a string"),
             ("tcp://127.0.0.1:1", "no replay service answered"),
             (first, "is shard 0 already"),
             (other.address, "schema"),
