@@ -167,6 +167,8 @@ class Places:
                     f"segment {entry.id} has {name!r} as {found[0]}{found[1]}, "
                     f"should be {dtype}{[counts[axis], *shape]}"
                 )
+            if not found[2] and axis != "frame":
+                raise WireError(f"segment {entry.id} has {name!r} encoded, only images may be")
             coded |= not found[2]
             addresses.append(found[2])
         self.addresses[row], self.known[row], self.coded[row] = addresses, True, coded

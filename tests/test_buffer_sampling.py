@@ -267,6 +267,9 @@ def test_columns_of_another_shape_are_never_copied_from():
     ):
         with pytest.raises(WireError, match=name):
             shelf.index.places.put(0, entry, Segment(header, {**columns, name: wrong}))
+    packed = {**columns, "reward": encode(columns["reward"], "lz4")}
+    with pytest.raises(WireError, match="only images"):
+        shelf.index.places.put(0, entry, Segment(header, packed))
     del columns["intervention"]
     with pytest.raises(WireError, match="lacks 'intervention'"):
         shelf.index.places.put(0, entry, Segment(header, columns))
