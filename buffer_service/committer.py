@@ -21,7 +21,7 @@ from buffer_service.store import Store
 from twinrl.core.errors import TwinRLError
 
 log = logging.getLogger(__name__)
-RETRY_SECONDS = 0.2
+RETRY_SECONDS, MOST_RETRY_SECONDS = 0.2, 2.0
 
 
 class Insert(NamedTuple):
@@ -218,7 +218,7 @@ class Committer:
         while not self._stop.is_set():
             waited = time.monotonic() - self._since
             self.trouble = f"acknowledgements wait {waited:.0f} s: {explain(error)}"
-            self._stop.wait(RETRY_SECONDS)
+            self._stop.wait(min(max(waited / 5, RETRY_SECONDS), MOST_RETRY_SECONDS))
             if not forgetful:
                 return not self._stop.is_set()
             try:

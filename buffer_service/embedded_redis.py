@@ -98,6 +98,8 @@ class EmbeddedRedis:
 
     def start(self) -> Redis:
         """Start the server, wait until its data is loaded, and connect. Repairs what a power cut left of its log."""
+        if self._process is not None and not self.alive():
+            log.warning("Redis ended; the end of its log:\n%s", self._log_tail())
         self._end_predecessor()
         binary = self._binary()
         try:

@@ -129,6 +129,8 @@ def explain(error: Exception) -> str:
     text = str(error)
     if isinstance(error, TwinRLError):
         return text
+    # redis-py puts the whole command before what Redis said of it.
+    text = text.partition(" of pipeline caused error: ")[2] or text
     for word, meaning in _REFUSALS.items():
         if text.startswith(word) or (word == "OOM" and isinstance(error, OutOfMemoryError)):
             return f"{meaning} ({text})"

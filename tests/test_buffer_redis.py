@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import ssl
@@ -337,6 +338,21 @@ def test_refusals_are_explained(tmp_path):
         assert "read-only copy" in explain(caught.value)
     finally:
         server.stop()
+
+
+def test_every_refusal_has_its_words():
+    """Among them those that a test would need a full disk or a broken copy for."""
+    told = "Command # 1 (HSET a b) of pipeline caused error: "
+    for text, words in (
+        ("MISCONF Errors writing to the AOF file: No space left on device", "make room there"),
+        ("NOREPLICAS Not enough good replicas to write.", "min-replicas-to-write"),
+        ("CLUSTERDOWN The cluster is down", "no node for this run"),
+        ("ERR unknown command", r"Redis refuses \(ERR"),
+    ):
+        for start in ("", told):
+            found = explain(redis.ResponseError(start + text))
+            assert re.search(words, found) and "HSET" not in found and text in found
+    assert explain(redis.ConnectionError("cut")) == "Redis is away (cut)"
 
 
 def test_the_log_of_the_runs_own_redis_is_rewritten(tmp_path):
