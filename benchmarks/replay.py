@@ -40,8 +40,10 @@ GROUPS: dict[str, Callable[[Bench], list[Row]]] = {
 }
 # For a look, and for the tests: the same rows from smaller stores and shorter phases.
 QUICK: dict[str, Any] = {
-    "seconds": 0.8,
+    "seconds": 0.6,
     "rounds": 3,
+    "restarts": 1,
+    "settings": ("files everysec", "files always", "files in memory"),
     "workload": W._replace(segments=4, capacity=2000),
     "small": SMALL._replace(segments=16, capacity=5000),
     "stored_bytes": 256 << 20,
@@ -53,6 +55,8 @@ TINY: dict[str, Any] = {
     "workload": W._replace(image=16, segments=2, capacity=500, batch=16),
     "small": SMALL._replace(segments=2, capacity=500, batch=16),
     "stored_bytes": 1 << 20,
+    "restarts": 1,
+    "settle": 0.0,
     "crowds": (1, 4),
     "update": 0.02,
     "peers": [],
@@ -105,7 +109,7 @@ def measure(names: list[str], settings: dict[str, Any], report: dict[str, Any], 
 
 def show(report: dict[str, Any], name: str) -> None:
     """Print a group: medians of its systems, then its figures."""
-    print(f"\n{name}  ({report['groups'][name]['took_s']:g} s)")
+    print(f"\n{name}  ({report['groups'][name]['took_s']:g} s)", flush=True)
     for (group, system), numbers in medians(report["rows"]).items():
         if group == name:
             print(f"  {system:<26}" + "  ".join(f"{k} {v:.4g}" for k, v in numbers.items()))

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.replay_bench.bench import Bench, Copying, Row, rates, running, service_knows
+from benchmarks.replay_bench.bench import Bench, Copying, Row, rates, running
 from benchmarks.replay_bench.systems import Reverb, System, TwinRL
 from benchmarks.replay_bench.workload import STEPS, Workload
 
-# name: options of the service, whether its folder is in memory
-SETTINGS: dict[str, tuple[dict[str, Any], bool]] = {
+REDIS = {"store": "redis", "redis_memory_mb": 8000}
+# name in `bench.SETTINGS`: options of the service, whether its folder is in memory
+OPTIONS: dict[str, tuple[dict[str, Any], bool]] = {
     "files everysec": ({}, False),
     "files always": ({"flush": "always"}, False),
     "files in memory": ({"flush": "never"}, True),
-    "redis everysec": ({"form": "redis"}, False),
-    "redis always": ({"form": "redis", "flush": "always"}, False),
-    "redis in memory": ({"form": "redis", "flush": "never"}, True),
+    "redis everysec": (REDIS, False),
+    "redis always": ({**REDIS, "flush": "always"}, False),
+    "redis in memory": ({**REDIS, "flush": "never"}, True),
 }
 
 
-def ours(bench: Bench, workload: Workload, names: list[str]) -> list[TwinRL]:
-    """Our service in the settings of those names that it knows."""
-    known, systems = service_knows(), []
+def ours(bench: Bench, workload: Workload, names: Sequence[str]) -> list[TwinRL]:
+    """Our service in the settings of those names, as far as this run has them."""
+    systems = []
     for name in names:
-        options, in_memory = SETTINGS[name]
-        if "form" in options and "--form" not in known:
+        if name not in bench.settings:
             continue
+        options, in_memory = OPTIONS[name]
         folder = bench.memory() if in_memory else bench.folder
         systems.append(
             TwinRL(name.replace(" ", "-"), workload, bench.data(workload), folder, **options)
@@ -36,16 +38,17 @@ def ours(bench: Bench, workload: Workload, names: list[str]) -> list[TwinRL]:
 def at_once(bench: Bench) -> list[Row]:
     """Workload W: a writer inserts while a reader draws."""
     workload = bench.workload
-    systems: list[System] = [*ours(bench, workload, list(SETTINGS))]
-    systems += [
+    systems: list[System] = [
         kind(kind.kind, workload, bench.data(workload), bench.folder) for kind in bench.peers
     ]
+    for place, system in enumerate(ours(bench, workload, bench.settings)):
+        systems.insert(2 * place, system)  # each beside a peer, as far as they go
     copying = Copying(workload)
     rows = []
     with running(systems):
         for number in range(bench.rounds):
             memcpy = copying.rate(0.2)
-            for system in systems:
+            for system in turned(systems, number):
                 found = system.both(bench.seconds)
                 row = {"rows": "at_once", "system": system.name, "round": number}
                 row |= {"memcpy_MB_s": memcpy, **rates(found, workload)}
@@ -53,6 +56,12 @@ def at_once(bench: Bench) -> list[Row]:
                     row["ingested_vs_acked"] = _ingested(system) / found["write"]["acknowledged"]
                 rows.append(row)
     return rows
+
+
+def turned(systems: list[System], number: int) -> list[System]:
+    """Another order each round, so that nobody always comes first."""
+    place = 2 * number % len(systems)
+    return systems[place:] + systems[:place]
 
 
 def _ingested(system: TwinRL) -> int:

@@ -69,16 +69,17 @@ def wait(bench: Bench) -> list[Row]:
     with running([system]):
         learner = system.worker("learner", "learner")
         try:
+            products = learner.ask("calibrate", 120, seconds=bench.update)["products"]
             seconds = max(4 * bench.seconds, 4 * bench.update)
             for number in range(max(bench.rounds // 2, 1) + 1):
                 for name, prefetch in (("prefetched", True), ("not prefetched", False)):
                     system.writer.send("pace", seconds=seconds, rate=PACE)
                     found = learner.ask(
-                        "learn", 120, seconds=seconds, update=bench.update, prefetch=prefetch
+                        "learn", 120, seconds=seconds, products=products, prefetch=prefetch
                     )
                     system.writer.receive(60 + seconds)
                     row = {"rows": "wait", "system": name, "round": number, **found}
-                    rows.append(row | {"waited_share": found["waited"] / found["seconds"]})
+                    rows.append(row | {"waited_share": found["waited_s"] / found["seconds"]})
         finally:
             learner.close()
     return rows

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +16,14 @@ from benchmarks.replay_bench.systems import MEMORY, System, available
 from benchmarks.replay_bench.workload import SMALL, W, Workload, create
 
 Row = dict[str, Any]
+SETTINGS = (
+    "files everysec",
+    "files always",
+    "files in memory",
+    "redis everysec",
+    "redis always",
+    "redis in memory",
+)
 
 
 @dataclass
@@ -30,6 +36,9 @@ class Bench:
     workload: Workload = W
     small: Workload = SMALL
     stored_bytes: int = 2 << 30  # images in the store that is restarted
+    settings: tuple[str, ...] = SETTINGS  # of ours that are measured beside the peers
+    restarts: int = 3
+    settle: float = 1.5  # s until what was written last is synced
     crowds: tuple[int, ...] = (1, 4, 64)  # writers at the same time
     update: float = 0.15  # s that the learner works on a batch
     peers: list[type] = field(default_factory=available)
@@ -62,12 +71,6 @@ def running(systems: list[System]) -> Iterator[list[System]]:
     finally:
         for system in systems:
             system.close()
-
-
-def service_knows() -> str:
-    """The help of the service's command line: which settings there are."""
-    command = [sys.executable, "-m", "buffer_service.service", "--help"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def rates(found: dict[str, dict[str, Any]], workload: Workload) -> Row:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from benchmarks.replay_bench.bench import Row, median
+from twinrl.core.codec import STORAGE
 
 Values = list[float]  # one a round
 
@@ -163,7 +164,7 @@ FIGURES = (
         "memory",
         "the same with the lossless codec",
         "<= 0.6",
-        larger("files everysec zstd-delta"),
+        larger(f"files everysec {STORAGE}"),
     ),
     Figure(
         "small_insert_vs_reverb",

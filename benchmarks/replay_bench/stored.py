@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import queue
 import threading
 import time
 from pathlib import Path
@@ -13,14 +14,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.peers.protocol import load
-from benchmarks.replay_bench.at_once import SETTINGS, ours
-from benchmarks.replay_bench.bench import Bench, Row, rates, running, service_knows
+from benchmarks.replay_bench.at_once import OPTIONS, ours
+from benchmarks.replay_bench.bench import Bench, Row, rates, running
 from benchmarks.replay_bench.systems import TwinRL
 from benchmarks.replay_bench.workload import CHUNK, STEPS
 from buffer_service.client import Reader
 from buffer_service.files import FILE_BYTES
-
-LOSSLESS = "zstd-delta"
+from twinrl.core.codec import STORAGE
 
 
 def disk(bench: Bench) -> list[Row]:
@@ -49,41 +49,47 @@ def write_bare(
     folder.mkdir(exist_ok=True)
     limit = min(FILE_BYTES, max(options["capacity"] // 8, 1 << 20))
     files: list[Path] = []
+    full: queue.SimpleQueue[int] = queue.SimpleQueue()  # descriptors to be synced and closed
+    stop, swapping = threading.Event(), threading.Lock()
     descriptor, place, count = -1, limit, 0
-    stop = threading.Event()
 
     def sync_each_second() -> None:
-        while not stop.wait(1.0):
-            os.fdatasync(descriptor)
+        running = True
+        while running:
+            running = not stop.wait(1.0)
+            with swapping:
+                full.put(os.dup(descriptor))
+            while not full.empty():
+                each = full.get()
+                os.fdatasync(each)
+                os.close(each)
 
     syncing = threading.Thread(target=sync_each_second)
     start = time.perf_counter()
     while time.perf_counter() - start < seconds:
         buffers = segments[count % len(segments)]
         if place >= limit:
-            if descriptor >= 0:
-                os.fdatasync(descriptor)  # its successor is synced from now on
             files.append(folder / f"{count}")
             fresh = os.open(files[-1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            if descriptor >= 0:
-                os.close(descriptor)
-            descriptor, place = fresh, 0
+            with swapping:
+                if count:
+                    full.put(descriptor)
+                descriptor, place = fresh, 0
             if len(files) * limit > options["capacity"]:
                 files.pop(0).unlink()
         place += os.writev(descriptor, buffers)
         if flush == "always":
             os.fdatasync(descriptor)
-        elif not syncing.is_alive():
+        if not count:
             syncing.start()
         count += 1
-    seconds = time.perf_counter() - start
+    elapsed = time.perf_counter() - start
     stop.set()
-    if syncing.is_alive():
-        syncing.join()
+    syncing.join()
     os.close(descriptor)
     for path in files:
         path.unlink()
-    return {"transitions": count * STEPS, "seconds": seconds}
+    return {"transitions": count * STEPS, "seconds": elapsed}
 
 
 def memory(bench: Bench) -> list[Row]:
@@ -92,11 +98,11 @@ def memory(bench: Bench) -> list[Row]:
     transitions = bench.stored_bytes // workload.image_bytes // STEPS * STEPS
     kept = workload._replace(capacity=4 * transitions)  # nothing is evicted
     rows = []
-    for codec in ("raw", LOSSLESS):
+    for codec in ("raw", STORAGE):
         for name in ("files everysec", "redis everysec"):
-            options = SETTINGS[name][0]
-            if "form" in options and "--form" not in service_knows():
+            if name not in bench.settings:
                 continue
+            options = OPTIONS[name][0]
             system = TwinRL(
                 f"{name} {codec}", kept, bench.data(workload), bench.folder, codec, **options
             )
@@ -113,14 +119,15 @@ def _stored(bench: Bench, system: TwinRL, transitions: int) -> list[Row]:
     before = time.perf_counter()
     system.writer.ask("fill", 300, transitions=transitions)
     images = transitions // STEPS * (STEPS + 1) * system.workload.image_bytes
-    time.sleep(1.5)  # the sync of the last second
+    written = time.perf_counter() - before
+    time.sleep(bench.settle)
     run = system.folder / "run"
     row: Row = {
         "rows": "memory",
         "system": system.name,
         "round": 0,
         "image_bytes": images,
-        "written_in_s": time.perf_counter() - before - 1.5,
+        "written_in_s": written,
         "process_bytes": sum(map(process_bytes, system.pids())),
         "page_cache_bytes": sum(map(cached_bytes, files_in(run))),
         "disk_bytes": sum(path.stat().st_blocks * 512 for path in files_in(run)),
@@ -129,7 +136,7 @@ def _stored(bench: Bench, system: TwinRL, transitions: int) -> list[Row]:
     row["disk_vs_raw"] = row["disk_bytes"] / images
     rows = [row]
     system.writer.close()
-    for number in range(3):
+    for number in range(bench.restarts):
         system.service.kill()
         start = time.perf_counter()
         system.service.start()

@@ -7,7 +7,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import zmq
 
 from benchmarks.peers.protocol import load, repeat, serve
 from benchmarks.replay_bench.workload import CHUNK, ours
-from buffer_service.client import Reader, Writer
+from buffer_service.client import Prefetcher, Reader, Writer
 from twinrl.core.keys import Keys, secure_client, secure_server
 from twinrl.core.segment import Schema
 
@@ -138,17 +137,14 @@ def _reader(settings: dict[str, Any]) -> Reader:
 
 
 def reader(**settings: Any) -> None:
-    """Draws batches into the same arrays."""
-    serve(**reading(_reader(settings), settings["batch"]))
-
-
-def reading(source: Reader, size: int) -> dict[str, Callable[..., Any]]:
-    """What a reading process answers to."""
+    """Draws batches, on the service's host into the same arrays."""
+    source, size = _reader(settings), settings["batch"]
+    again = source.mapped  # what comes through the socket is in memory of its own already
     batch: dict[str, Any] | None = None
 
     def draw() -> int:
         nonlocal batch
-        batch = source.sample(size, chunk=CHUNK, out=batch)
+        batch = source.sample(size, chunk=CHUNK, out=batch if again else None)
         return len(batch["steps"])
 
     def known() -> dict[str, int | bool]:
@@ -158,7 +154,7 @@ def reading(source: Reader, size: int) -> dict[str, Callable[..., Any]]:
         whole = numbers == list(range(numbers[0], numbers[-1] + 1))
         return {"newest": numbers[-1], "whole": whole}
 
-    return {"sample": lambda seconds: repeat(draw, seconds), "known": known}
+    serve(sample=lambda seconds: repeat(draw, seconds), known=known)
 
 
 def sender(at: str, curve: bool, bytes: int, key: str, **_: Any) -> None:
@@ -207,43 +203,49 @@ def learner(**settings: Any) -> None:
     import torch
 
     torch.set_num_threads(1)
-    source = _reader(settings)
-    size = settings["batch"]
+    source, size = _reader(settings), settings["batch"]
     left, right = torch.randn(512, 512), torch.randn(512, 512)
 
-    def work(seconds: float) -> None:
-        end = time.perf_counter() + seconds
-        while time.perf_counter() < end:
+    def work(products: int) -> None:
+        for _ in range(products):
             torch.mm(left, right)
 
-    def learn(seconds: float, update: float, prefetch: bool) -> dict[str, Any]:
-        nonlocal_batch: dict[str, Any] = {"out": None}
-        drawing = None
-        if prefetch:
-            from buffer_service.prefetch import Prefetcher
+    def products_in(seconds: float) -> int:
+        """How many matrix products take so long while nothing else runs."""
+        work(20)
+        start = time.perf_counter()
+        work(100)
+        return max(round(seconds * 100 / (time.perf_counter() - start)), 1)
 
-            drawing = Prefetcher(lambda: source.sample(size, chunk=CHUNK))
+    def learn(seconds: float, products: int, prefetch: bool) -> dict[str, Any]:
+        out: dict[str, Any] = {}
+        ahead = Prefetcher(source, size, chunk=CHUNK) if prefetch else None
 
         def draw() -> None:
-            if drawing is not None:
-                drawing.get()
+            if ahead is None:
+                out.update(source.sample(size, chunk=CHUNK, out=out))
             else:
-                nonlocal_batch["out"] = source.sample(size, chunk=CHUNK, out=nonlocal_batch["out"])
+                next(ahead)
 
         draw()
         waited, updates, start = 0.0, 0, time.perf_counter()
         while time.perf_counter() - start < seconds:
-            work(update)
+            work(products)
             before = time.perf_counter()
             draw()
             waited += time.perf_counter() - before
             updates += 1
         whole = time.perf_counter() - start
-        if drawing is not None:
-            drawing.close()
-        return {"waited": waited, "seconds": whole, "updates": updates}
+        if ahead is not None:
+            ahead.close()
+        return {
+            "waited_s": waited,
+            "seconds": whole,
+            "updates": updates,
+            "update_s": (whole - waited) / updates,
+        }
 
-    serve(learn=learn)
+    serve(learn=learn, calibrate=lambda seconds: {"products": products_in(seconds)})
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ class Workload(NamedTuple):
 
 
 W = Workload(image=128, state=32, segments=16, capacity=5000)
-SMALL = Workload(image=0, state=34, segments=64, capacity=50_000)
+SMALL = Workload(image=0, state=34, segments=64, capacity=20_000)
 
 
 def create(path: Path, workload: Workload) -> None:
