@@ -138,6 +138,7 @@ class Writer:
         self._trouble = ""  # what the service said last when it could not
         self._failure: TwinRLError | None = None
         self._probe: Any = None  # a Future with `since`
+        self._probed_to = -1  # the last number sent before it
         self._permit: Any = None
         self._allocation: Any = None
         self._stale = False  # the service takes no more records from the files we have
@@ -396,6 +397,7 @@ class Writer:
             if now - self._probe.since < 2 * PROBE_SECONDS:
                 return
             self._client.forget(self._probe)
+        self._probed_to = self._queue[self._sent - 1].sequence if self._sent else -1
         args = {**self._hello, "protocol": wire.PROTOCOL, "probe": True}
         self._probe = self._submit("hello", args, None, self._probed)
 
@@ -440,7 +442,9 @@ class Writer:
         result, _ = future.result()
         self._acknowledge(result["committed"])
         self._progress = time.monotonic()
-        self._resend_from(result["appended"] + 1)
+        # What was sent after the probe may be on its way still.
+        if result["appended"] < self._probed_to:
+            self._resend_from(result["appended"] + 1)
 
     def _permitted(self, future: Future) -> None:
         self._permit = None
