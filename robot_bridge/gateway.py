@@ -24,6 +24,7 @@ from robot_bridge.leases import Leases, Robot
 from robot_bridge.protocol import Features, Job
 from robot_bridge.relay import Relay
 from robot_bridge.weights_relay import WeightsRelay
+from twinrl.core import arguments
 from twinrl.core.errors import Rejected, ResumeError, WireError
 from twinrl.core.keys import Keys, allowed_publics
 from twinrl.core.metrics import Reporter
@@ -34,6 +35,8 @@ from twinrl.weights_slots import slots_folder
 log = logging.getLogger(__name__)
 TICK = 0.05  # s
 LONGEST_POLL = 30.0  # s
+MAX_ROBOTS = 1000  # names in a run
+LARGEST_RESULT = 64 << 10  # bytes as JSON, of what a robot tells of an episode
 ROBOT_ACTIONS = ("hold", "release", "detach", "estop")
 RUN_ACTIONS = ("pause", "resume", "checkpoint")
 
@@ -136,7 +139,11 @@ class Gateway:
     def attach(self, request: Request) -> dict[str, Any]:
         """A robot joins, or comes back."""
         args = request.args
-        name = str(args["name"])
+        name = arguments.text(args, "name", longest=100, shortest=1)
+        for field in ("kind", "writer", "session", "host"):
+            arguments.text(args, field)
+        if name not in self._leases.robots and len(self._leases.robots) >= MAX_ROBOTS:
+            raise Rejected(f"{MAX_ROBOTS} robots' names are known already: use one of them again")
         try:
             self._check_version(args)
             self._check_features(args)
@@ -153,7 +160,7 @@ class Gateway:
         """A sign of life; the answer says what the cluster wants."""
         robot = self._leases.find(request.args)
         takeovers, before = robot.now.get("takeovers", 0), robot.state.get("doing")
-        robot.hear(request.args["state"])
+        robot.hear(arguments.mapping(request.args, "state"))
         doing = robot.state.get("doing")
         if robot.now.get("takeovers", 0) > takeovers:
             self._event("info", f"a person took over robot {robot.name}", robot.name, "takeover")
@@ -165,8 +172,9 @@ class Gateway:
     def episode(self, request: Request) -> Future:
         """Where the next episode starts; takes the result of the last."""
         robot = self._leases.find(request.args)
-        self._episodes.finish(robot, request.args.get("finished"))
-        return self._episodes.ask(robot, _seconds(request.args))
+        finished, timeout = _finished(request.args), _seconds(request.args)
+        self._episodes.finish(robot, finished)
+        return self._episodes.ask(robot, timeout)
 
     def observe(self, request: Request) -> Future:
         """What an arm sees, for the next chunk."""
@@ -186,7 +194,7 @@ class Gateway:
     def segment(self, request: Request) -> Future:
         """A segment for the replay service, whose acknowledgement is the answer."""
         robot, args = self._leases.find(request.args), request.args
-        header = args["header"]
+        header = arguments.mapping(args, "header")
         if header.get("writer") != robot.writer:
             raise WireError(
                 f"{robot.name} writes as {robot.writer!r}, not {header.get('writer')!r}"
@@ -198,8 +206,9 @@ class Gateway:
     def detach(self, request: Request) -> None:
         """A robot leaves."""
         robot = self._leases.find(request.args)
-        robot.hear(request.args.get("state", {}))
-        self._episodes.finish(robot, request.args.get("finished"))
+        finished = _finished(request.args)
+        robot.hear(arguments.mapping({"state": {}, **request.args}, "state"))
+        self._episodes.finish(robot, finished)
         self._let_go(robot, "info", f"robot {robot.name} left")
 
     # Methods of the cluster.
@@ -359,7 +368,9 @@ class Gateway:
 
     def _save(self) -> None:
         robots = {name: robot.saved() for name, robot in self._leases.robots.items()}
-        text = json.dumps({"robots": robots, "paused": self._paused, **self._episodes.saved()})
+        state = {"robots": robots, "paused": self._paused, **self._episodes.saved()}
+        # Whatever a member made us keep must not hinder the rest from being saved.
+        text = json.dumps(state, default=repr, skipkeys=True)
         if text != self._saved:
             temporary = self._path.with_suffix(".tmp")
             temporary.write_text(text)
@@ -396,7 +407,24 @@ def serve(
 
 
 def _seconds(args: dict[str, Any]) -> float:
-    return min(max(float(args.get("timeout", 1.0)), 0.0), LONGEST_POLL)
+    return arguments.seconds(args, "timeout", 1.0, LONGEST_POLL)
+
+
+def _finished(args: dict[str, Any]) -> dict[str, Any] | None:
+    """What a robot tells of an episode; it is kept, and shown as JSON."""
+    if not args.get("finished"):
+        return None
+    finished = arguments.mapping(args, "finished")
+    number = arguments.text(finished, "episode").rpartition("-")[2]
+    try:
+        size = len(json.dumps(finished))
+    except (TypeError, ValueError) as error:
+        raise WireError(f"how an episode ended cannot be kept as JSON: {error}") from None
+    if not number.isdecimal() or size > LARGEST_RESULT:
+        raise WireError(
+            f"an episode's name ends in its number, its result has {LARGEST_RESULT} bytes at most"
+        )
+    return finished
 
 
 def _read(path: Path) -> dict[str, Any]:

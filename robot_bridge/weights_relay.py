@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, Tuple
 
 import numpy as np
 
+from twinrl.core.arguments import seconds
 from twinrl.core.errors import Rejected
 from twinrl.weights_delta import FORMAT, Rounded, encode, round_weights, smallest
 from twinrl.weights_slots import SlotReader
@@ -61,7 +62,7 @@ class WeightsRelay:
             newer_than=_number(args, "newer_than", -1),
             exactly=None if args.get("exactly") is None else _number(args, "exactly"),
             have=_have(args.get("have")),
-            until=time.monotonic() + min(_number(args, "timeout", 0.0, float), LONGEST_POLL),
+            until=time.monotonic() + seconds(args, "timeout", 0.0, LONGEST_POLL),
             answer=Future(),
         )
         if asked.exactly is not None or self._slots.newest() > asked.newer_than:
