@@ -66,7 +66,7 @@ class RedisStore(FileStore):
         self._orphans: set[int] = set()  # ids whose eviction Redis has forgotten
         self._guard = threading.Lock()  # of what a fetch notes for the committer
         self._room, self._looked = float("inf"), {"memory": 0.0, "cache": 0.0}
-        self.group_bytes = BATCH_BYTES
+        self.group_bytes, self._used = BATCH_BYTES, 0
         super().__init__(folder, redis, run, schema, capacity, flush, remover, **options)
 
     def _payload(self, id: int) -> str:
@@ -202,7 +202,8 @@ class RedisStore(FileStore):
             self._looked["memory"] = now
             told = information(self._redis, "memory")
             limit = told.get("maxmemory", 0)
-            used = told.get("used_memory", 0) - told.get("mem_not_counted_for_evict", 0)
+            self._used = told.get("used_memory", 0)
+            used = self._used - told.get("mem_not_counted_for_evict", 0)
             self._room = limit * (1 - RESERVE) - used if limit else float("inf")
             # Redis counts what it has been sent of a transaction, even of one that it will refuse.
             self.group_bytes = min(BATCH_BYTES, max(limit // 16, 1 << 20)) if limit else BATCH_BYTES
@@ -295,11 +296,6 @@ class RedisStore(FileStore):
             pipeline.execute()
 
     def stats(self) -> dict[str, Any]:
-        """How full Redis and the cache are, bytes."""
-        told: dict[str, Any] = {}
-        with contextlib.suppress(RedisError):
-            told = information(self._redis, "memory")
-        return {
-            "replay/redis_bytes": told.get("used_memory", 0),
-            "replay/cache_bytes": sum(self._live_bytes[n] for n in self._live_bytes if n),
-        }
+        """How full Redis, as last looked at, and the cache are, bytes."""
+        cached = sum(nbytes for number, nbytes in self._live_bytes.items() if number)
+        return {"replay/redis_bytes": self._used, "replay/cache_bytes": cached}

@@ -128,6 +128,10 @@ class Store(ABC):
     def flush(self) -> None:
         """What `everysec` does every second."""
 
+    def stats(self) -> dict[str, Any]:
+        """What this form has to show beside the sizes of all."""
+        return {}
+
     @abstractmethod
     def release(self, writer: str) -> None:
         """The writer is gone: seal its files."""
