@@ -1,6 +1,14 @@
-"""Several replay services as one: nothing twice, nothing lost, drawn as from one, with one of them dead or new."""
+"""Several replay services as one: nothing twice, nothing lost, drawn as from one, with one of them dead or new.
 
+TWINRL_LONG=1 kills for 3 minutes instead of 8 s; TWINRL_SEED is the kills' order.
+"""
+
+import contextlib
+import itertools
+import os
+import random
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,7 +21,8 @@ from twinrl.core.errors import DeadlineError, Rejected, TwinRLError
 from twinrl.core.keys import Keys, create_keys
 from twinrl.core.sockets import Client, wait_until
 
-pytestmark = pytest.mark.timeout(120)
+SECONDS = 180 if os.environ.get("TWINRL_LONG") else 8
+pytestmark = pytest.mark.timeout(SECONDS + 150)
 STEPS = 8
 PER_EPISODE = 3  # segments
 
@@ -294,7 +303,9 @@ def test_a_lost_shard_is_reported_and_comes_back(shards):
 def test_some_shards_are_enough_to_begin_with(shards):
     shards.start(2)
     shards.services[1].kill()
-    writer, reader = shards.writer(), shards.reader()
+    with ThreadPoolExecutor(2) as pool:  # each waits 5 s for the other service
+        making = [pool.submit(make) for make in (shards.writer, shards.reader)]
+    writer, reader = (each.result() for each in making)
     write(writer, range(3))
     writer.flush()
     reader.sync()
@@ -429,3 +440,79 @@ def test_a_cursor_takes_each_segment_once_over_restarts_and_losses(shards):
     one.pass_by()
     with pytest.raises(DeadlineError):
         one.take(timeout=0.2)
+
+
+class Worker(threading.Thread):
+    """Does something again and again until it is told to stop; `finish` raises what went wrong."""
+
+    def __init__(self, pause: float, action) -> None:
+        super().__init__(daemon=True)
+        self._pause, self._action = pause, action
+        self._stop_it, self._failure = threading.Event(), None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            while not self._stop_it.wait(self._pause):
+                self._action()
+        except Exception as error:
+            self._failure = error
+
+    def finish(self) -> None:
+        self._stop_it.set()
+        self.join(60)
+        if self._failure is not None:
+            raise self._failure
+
+
+def test_kills_in_random_order_lose_and_repeat_nothing(shards):
+    seed = int(os.environ.get("TWINRL_SEED", "7"))
+    print(f"TWINRL_SEED={seed}")
+    chance = random.Random(seed)
+    shards.start(3)
+    writers = [shards.writer(f"w{number}", direct=bool(number)) for number in range(2)]
+    reader = shards.reader()
+    cursor = reader.cursor("all", source=None)
+    episodes, taken = [itertools.count(0, 2), itertools.count(1, 2)], []
+    written: list[int] = []
+
+    def write_one(number: int) -> None:
+        episode = next(episodes[number])
+        write(writers[number], range(episode, episode + 1))
+        written.append(episode)
+
+    def draw() -> None:
+        batch = reader.sample(64, chunk=4)
+        first = batch["action"][:, 0, 0].astype(int)
+        assert (batch["observation.state"][:, 0] == first).all()
+        assert (batch["observation.images.front"][:, 0, 0, 0] == first % 251).all()
+
+    def take() -> None:
+        with contextlib.suppress(DeadlineError):
+            taken.extend(names(cursor.take(timeout=0.5)))
+
+    workers = [Worker(0.02, lambda number=number: write_one(number)) for number in range(2)]
+    workers += [Worker(0.05, draw), Worker(0.05, take)]
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        victim = chance.choice(shards.services)
+        if chance.random() < 0.3:
+            victim.kill_redis()
+        else:
+            victim.kill()
+            time.sleep(chance.uniform(0, 6))  # long enough to be lost, or not
+            victim.start()
+        time.sleep(chance.uniform(0, 2))
+    for worker in workers:
+        worker.finish()
+    for writer in writers:
+        writer._flush(time.monotonic() + 60, passing=False)
+    wait_until(lambda: reader.stats()["reader/shards_lost"] == 0, 60, "all shards to be read")
+    reader.sync()
+    everything = sorted(name for e in written for name in expected(range(e, e + 1)))
+    assert sorted((e.episode, e.first_step) for e in reader.entries()) == everything
+    while len(taken) < len(everything):
+        taken += names(cursor.take())
+    assert sorted(taken) == everything
+    shard_of = {(e.episode, split_id(e.id)[0]) for e in reader.entries()}
+    assert len(shard_of) == len(written)  # every episode in one
