@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import psutil
 
+from benchmarks._others import QUIET, Others
 from benchmarks._slow_link import SlowLink
 from benchmarks.replay import machine
 from twinrl.config import load_config
@@ -45,8 +45,6 @@ MBIT_S = 20.0
 RATES = (3e-4, 3e-5, 3e-6)
 WIDTH = 2048  # of the network: 12.6 million parameters, 50 MB
 BATCH = 256  # the default of real_rl.batch_size
-QUIET = 0.15  # cores that others may use in a quiet row
-PATIENCE = 30.0  # s that a group of rounds may wait for quiet moments
 Row = dict[str, Any]
 
 
@@ -63,10 +61,11 @@ class Size(NamedTuple):
     )  # width, updates: 50 and 500 MB
     width: int = WIDTH  # of the network behind the link
     steps: int = 100  # of Adam before the one that is sent
+    patience: float = 30.0  # s that a group of rounds may wait for quiet moments
 
 
-QUICK = Size(100_000_000, rounds=3, demo_updates=10, networks=((WIDTH, 6),), steps=20)
-TINY = Size(20_000_000, (1,), 1, 2, ((64, 2),), 256, 2)  # for the tests
+QUICK = Size(100_000_000, rounds=3, demo_updates=10, networks=((WIDTH, 6),), steps=20, patience=3.0)
+TINY = Size(20_000_000, (1,), 1, 2, ((64, 2),), 256, 2, 0.0)  # for the tests
 
 
 def make_arrays(nbytes: int) -> dict[str, np.ndarray]:
@@ -84,46 +83,9 @@ def copy_seconds(arrays: dict[str, np.ndarray], into: dict[str, np.ndarray]) -> 
     return time.perf_counter() - start
 
 
-class Others:
-    """What programs outside this process's tree take of the processors."""
-
-    def __init__(self) -> None:
-        self._me = psutil.Process()
-        self.start()
-
-    def start(self) -> None:
-        """Begin to measure."""
-        self._before = self._used()
-
-    def cores(self) -> float:
-        """Mean since `start`, in cores."""
-        now = self._used()
-        return max(0.0, now[1] - self._before[1]) / max(now[0] - self._before[0], 1e-3)
-
-    def wait(self, patience: float) -> float:
-        """Return when it is quiet, or after `patience` seconds; gives what of it is left."""
-        end = time.monotonic() + patience
-        while time.monotonic() < end:
-            self.start()
-            time.sleep(0.25)
-            if self.cores() <= QUIET:
-                break
-        return end - time.monotonic()
-
-    def _used(self) -> tuple[float, float]:
-        total = psutil.cpu_times()
-        busy = sum(total) - total.idle - total.iowait - total.guest - total.guest_nice
-        own = 0.0
-        for process in [self._me, *self._me.children(recursive=True)]:
-            with contextlib.suppress(psutil.Error):
-                times = process.cpu_times()
-                own += times.user + times.system
-        return time.monotonic(), busy - own
-
-
-def quiet_rounds(wanted: int, measure: Callable[[], Row]) -> list[Row]:
+def quiet_rounds(wanted: int, patience: float, measure: Callable[[], Row]) -> list[Row]:
     """Rows of `measure()` until `wanted` of them are quiet, twice as many at most."""
-    others, rows, patience = Others(), [], PATIENCE
+    others, rows = Others(), []
     while sum(row["others"] <= QUIET for row in rows) < wanted and len(rows) < 2 * wanted:
         patience = others.wait(max(patience, 0.0))
         others.start()
@@ -185,15 +147,15 @@ def channel(size: Size) -> list[Row]:
     with cluster(100) as folder:
         try:
             for actors in size.crowds:
-                rows += _crowd(folder, arrays, into, actors, size.rounds)
+                rows += _crowd(folder, arrays, into, actors, size)
         finally:
             shutil.rmtree(slots_folder(folder), ignore_errors=True)
     with cluster(100 + (size.nbytes * 5 >> 20)):
-        rows += _objects(arrays, into, 1, size.rounds)
+        rows += _objects(arrays, into, 1, size)
     return rows
 
 
-def _crowd(folder: str, arrays: Any, into: Any, actors: int, rounds: int) -> list[Row]:
+def _crowd(folder: str, arrays: Any, into: Any, actors: int, size: Size) -> list[Row]:
     import ray
 
     from deploy.ray_weights import STORE, RayWeightSink, RayWeightSource, WeightStore
@@ -228,7 +190,7 @@ def _crowd(folder: str, arrays: Any, into: Any, actors: int, rounds: int) -> lis
         }
 
     rows = [{**measure(), "what": "shared memory, first"} for _ in range(WARM)]
-    rows += quiet_rounds(rounds, measure)
+    rows += quiet_rounds(size.rounds, size.patience, measure)
     sink.close()
     for actor in (store, *members):
         ray.kill(actor)
@@ -247,7 +209,7 @@ def _there(name: str) -> bool:
     return True
 
 
-def _objects(arrays: Any, into: Any, actors: int, rounds: int) -> list[Row]:
+def _objects(arrays: Any, into: Any, actors: int, size: Size) -> list[Row]:
     """The way before: the caller puts, the actor gets."""
     import ray
 
@@ -274,7 +236,7 @@ def _objects(arrays: Any, into: Any, actors: int, rounds: int) -> list[Row]:
 
     # Its allocator needs longer until all pages are touched.
     rows = [{**measure(), "what": "Ray's store, first"} for _ in range(WARM + 4)]
-    return rows + quiet_rounds(rounds, measure)
+    return rows + quiet_rounds(size.rounds, size.patience, measure)
 
 
 class Network:
@@ -349,13 +311,13 @@ class DemoPolicy:
 def stall(size: Size) -> list[Row]:
     """What publishing takes of updates, each of which is published."""
     every = load_config("configs/demo.yaml").real_rl.publish_every
-    rows = _stall("demo's policy, SFT", DemoPolicy(), size.demo_updates, every)
+    rows = _stall("demo's policy, SFT", DemoPolicy(), size, size.demo_updates, every)
     for width, updates in size.networks:
-        rows += _stall(f"3 x {width} x {width}", Network(width, 3e-5), updates)
+        rows += _stall(f"3 x {width} x {width}", Network(width, 3e-5), size, updates)
     return rows
 
 
-def _stall(what: str, network: Any, updates: int, every: int = 1) -> list[Row]:
+def _stall(what: str, network: Any, size: Size, updates: int, every: int = 1) -> list[Row]:
     nbytes = sum(array.nbytes for array in network.arrays().values())
     with tempfile.TemporaryDirectory(prefix="weights-") as folder:
         publisher = Publisher(slots_folder(folder))
@@ -386,7 +348,7 @@ def _stall(what: str, network: Any, updates: int, every: int = 1) -> list[Row]:
                 "slower": statistics.median(with_it) / statistics.median(plain) - 1,
             }
 
-        rows = quiet_rounds(3, measure)
+        rows = quiet_rounds(3, size.patience, measure)
         publisher.close(remove=True)
     return rows
 
@@ -444,8 +406,11 @@ def _over_link(size: Size, rate: float, rounds: int) -> list[Row]:
         slow = SlowLink(port, MBIT_S)
         key = Keys.load(Path(folder) / "keys/robot.key")
         member = WeightClient(f"tcp://127.0.0.1:{slow.port}", key)
-        rows = []
-        for version in range(rounds + 1):
+        version = -1
+
+        def measure() -> Row:
+            nonlocal version
+            version += 1
             if version:
                 network.update(64)
             before = member.stats()
@@ -454,17 +419,17 @@ def _over_link(size: Size, rate: float, rounds: int) -> list[Row]:
             member.wait(version - 1, 120.0)
             seconds = time.perf_counter() - start
             nbytes = member.stats()["weights/bytes"] - before["weights/bytes"]
-            rows.append(
-                {
-                    "rows": "link",
-                    "what": "step" if version else "snapshot",
-                    "rate": rate,
-                    "steps_before": size.steps,
-                    "seconds": seconds,
-                    "sent_MB": nbytes / 1e6,
-                    "link_alone_s": nbytes * 8 / MBIT_S / 1e6,
-                }
-            )
+            return {
+                "rows": "link",
+                "what": "step" if version else "snapshot",
+                "rate": rate,
+                "steps_before": size.steps,
+                "seconds": seconds,
+                "sent_MB": nbytes / 1e6,
+                "link_alone_s": nbytes * 8 / MBIT_S / 1e6,
+            }
+
+        rows = [measure(), *quiet_rounds(rounds, size.patience, measure)]
         member.close()
         slow.cut()
         gateway.close()
