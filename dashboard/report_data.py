@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import numpy as np
 from dashboard.record import METRICS_FILE, as_number, read_lines
 from dashboard.statistics import Gain, Rate, paired_gain, success_rate
 
+# In an address, which a report must not hand on: "redis://user:SECRET@host", "...?password=SECRET".
+PASSWORD = re.compile(r"(://[^:/@\s]*:)[^@\s]+(?=@)|(password=)[^&\s\"']+")
 STAGES = {
     "sft": "SFT",
     "stage1": "Stage 1",
@@ -47,13 +50,15 @@ class RunData:
         self.missing: list[str] = []
         report = self._json("report.json")
         self.figures: dict[str, Any] = report.get("figures", report)
-        self.about = {key: report[key] for key in ("machine", "command") if key in report}
+        about = {key: report[key] for key in ("machine", "command") if key in report}
+        self.about = json.loads(_hidden(json.dumps(about)))
         self.cells = self._cells()
         self.curves: dict[tuple[str, str], Curve] = {}
         self.success: dict[str, Curve] = {}
         self.throughput: list[tuple[str, float, float, float]] = []
         self._read_metrics()
-        self.config = self._text("config.yaml")
+        config = self._text("config.yaml")
+        self.config = None if config is None else _hidden(config)
         self.video = next(
             (p for n in ("mp4", "webp") if (p := run_dir / f"video.{n}").exists()), None
         )
@@ -161,3 +166,8 @@ class RunData:
 def _thin(curve: Curve) -> Curve:
     step = -(-len(curve[0]) // MAX_POINTS)
     return curve if step <= 1 else (curve[0][::step], curve[1][::step])
+
+
+def _hidden(text: str) -> str:
+    """`text` without the passwords in its addresses."""
+    return PASSWORD.sub(lambda found: f"{found[1] or found[2]}***", text)

@@ -181,3 +181,14 @@ def test_figures_without_episodes_are_shown_as_reported(tmp_path):
     html = write_report(tmp_path).read_text()
     assert "<b>50.0 %</b><small>[40.0, 60.0]</small>" in html
     assert "evaluations.jsonl, line 1" in html and "not evaluated" in html
+
+
+def test_passwords_stay_out_of_the_report(tmp_path):
+    """A report is handed on; the addresses in configuration and command stay readable."""
+    url, query = "redis://me:s3cret@host:6379/0", "unix:///redis.sock?password=s3cret&db=1"
+    (tmp_path / "config.yaml").write_text(f"redis:\n  url: {url}\nother: {query}\n")
+    command = ["twinrl", "launch", f"redis.url={url}"]
+    (tmp_path / "report.json").write_text(json.dumps({"command": command, "figures": {}}))
+    html = write_report(tmp_path).read_text()
+    assert "s3cret" not in html
+    assert "redis://me:***@host:6379/0" in html and "password=***&amp;db=1" in html
