@@ -49,8 +49,8 @@ def at_once(bench: Bench) -> list[Row]:
         for number in range(bench.rounds):
             memcpy = copying.rate(0.2)
             for system in turned(systems, number):
-                found = system.both(bench.seconds)
-                row = {"rows": "at_once", "system": system.name, "round": number}
+                found, others = bench.phase(lambda s=system: s.both(bench.seconds))
+                row = {"rows": "at_once", "system": system.name, "round": number, "others": others}
                 row |= {"memcpy_MB_s": memcpy, **rates(found, workload)}
                 if isinstance(system, TwinRL):
                     row["ingested_vs_acked"] = _ingested(system) / found["write"]["acknowledged"]
@@ -79,7 +79,7 @@ def small(bench: Bench) -> list[Row]:
     with running(systems):
         for number in range(bench.rounds):
             for system in systems:
-                found = system.both(bench.seconds)
-                row = {"rows": "small", "system": system.name, "round": number}
+                found, others = bench.phase(lambda s=system: s.both(bench.seconds))
+                row = {"rows": "small", "system": system.name, "round": number, "others": others}
                 rows.append(row | rates(found, bench.small))
     return rows

@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.replay_bench.at_once import ours
 from benchmarks.replay_bench.bench import Bench, Copying, Row, rates, running
 from benchmarks.replay_bench.processes import Worker
-from benchmarks.replay_bench.systems import Reverb, System
+from benchmarks.replay_bench.systems import Reverb, System, TwinRL
 from twinrl.core.sockets import free_port
 
 CACHED = 2 << 30  # the reader's default
@@ -24,10 +24,9 @@ def batch(bench: Bench) -> list[Row]:
         for number in range(bench.rounds):
             for system in systems:
                 memcpy = copying.rate(bench.seconds / 4)
-                row = {"rows": "batch", "system": system.name, "round": number}
-                rows.append(
-                    row | {"memcpy_MB_s": memcpy} | rates(system.sample(bench.seconds), workload)
-                )
+                found, others = bench.phase(lambda s=system: s.sample(bench.seconds))
+                row = {"rows": "batch", "system": system.name, "round": number, "others": others}
+                rows.append(row | {"memcpy_MB_s": memcpy} | rates(found, workload))
     return rows
 
 
@@ -53,8 +52,10 @@ def tcp(bench: Bench) -> list[Row]:
             workers += readers.values()
             for number in range(bench.rounds):
                 for name, reader in readers.items():
-                    found = reader.ask("sample", 120 + bench.seconds, seconds=bench.seconds)
-                    row = {"rows": "tcp", "system": name, "round": number}
+                    found, others = bench.phase(
+                        lambda r=reader: r.ask("sample", 120 + bench.seconds, seconds=bench.seconds)
+                    )
+                    row = {"rows": "tcp", "system": name, "round": number, "others": others}
                     rows.append(row | rates({"sample": found}, workload))
         finally:
             for worker in workers:
@@ -73,13 +74,21 @@ def wait(bench: Bench) -> list[Row]:
             seconds = max(4 * bench.seconds, 4 * bench.update)
             for number in range(max(bench.rounds // 2, 1) + 1):
                 for name, prefetch in (("prefetched", True), ("not prefetched", False)):
-                    system.writer.send("pace", seconds=seconds, rate=PACE)
-                    found = learner.ask(
-                        "learn", 120, seconds=seconds, products=products, prefetch=prefetch
+                    found, others = bench.phase(
+                        lambda p=prefetch: _learn(system, learner, seconds, products, p)
                     )
-                    system.writer.receive(60 + seconds)
-                    row = {"rows": "wait", "system": name, "round": number, **found}
-                    rows.append(row | {"waited_share": found["waited_s"] / found["seconds"]})
+                    row = {"rows": "wait", "system": name, "round": number, "others": others}
+                    rows.append({**row, **found})
         finally:
             learner.close()
     return rows
+
+
+def _learn(
+    system: TwinRL, learner: Worker, seconds: float, products: int, prefetch: bool
+) -> dict[str, float]:
+    system.writer.send("pace", seconds=seconds, rate=PACE)
+    arguments = {"seconds": seconds, "products": products, "prefetch": prefetch}
+    found = learner.ask("learn", 120 + seconds, **arguments)
+    system.writer.receive(60 + seconds)
+    return {**found, "waited_share": found["waited_s"] / found["seconds"]}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks._others import Others
 from benchmarks.replay_bench.systems import MEMORY, System, available
 from benchmarks.replay_bench.workload import SMALL, W, Workload, create
 
@@ -41,7 +42,9 @@ class Bench:
     settle: float = 1.5  # s until what was written last is synced
     crowds: tuple[int, ...] = (1, 4, 64)  # writers at the same time
     update: float = 0.15  # s that the learner works on a batch
+    patience: float = 60.0  # s that a group may wait for quiet moments
     peers: list[type] = field(default_factory=available)
+    _others: Others = field(default_factory=Others)
     _data: dict[Workload, Path] = field(default_factory=dict)
 
     def data(self, workload: Workload) -> Path:
@@ -51,6 +54,14 @@ class Bench:
             create(path, workload)
             self._data[workload] = path
         return self._data[workload]
+
+    def phase(self, do: Callable[[], Any]) -> tuple[Any, float]:
+        """What `do()` gives, and the cores that others used meanwhile; waits for a quiet moment first."""
+        if self.patience > 0:
+            self.patience = self._others.wait(self.patience)
+        self._others.start()
+        found = do()
+        return found, self._others.cores()
 
     def memory(self) -> Path:
         """A folder that is no disk, where there is one."""

@@ -32,12 +32,13 @@ def disk(bench: Bench) -> list[Row]:
     with running(systems):
         for number in range(bench.rounds):
             for system in systems:
-                row = {"rows": "disk", "system": system.name, "round": number}
-                rows.append(row | rates(system.write(bench.seconds), workload))
+                found, others = bench.phase(lambda s=system: s.write(bench.seconds))
+                row = {"rows": "disk", "system": system.name, "round": number, "others": others}
+                rows.append(row | rates(found, workload))
             for flush in ("everysec", "always"):
-                row = {"rows": "disk", "system": f"bare {flush}", "round": number}
-                folder = bench.folder / "bare"
-                found = write_bare(folder, segments, bench.seconds, flush, systems[0].options)
+                arguments = (bench.folder / "bare", segments, bench.seconds, flush)
+                found, others = bench.phase(lambda a=arguments: write_bare(*a, systems[0].options))
+                row = {"rows": "disk", "system": f"bare {flush}", "round": number, "others": others}
                 rows.append(row | rates({"write": found}, workload))
     return rows
 
@@ -137,24 +138,22 @@ def _stored(bench: Bench, system: TwinRL, transitions: int) -> list[Row]:
     rows = [row]
     system.writer.close()
     for number in range(bench.restarts):
-        system.service.kill()
-        start = time.perf_counter()
-        system.service.start()
-        ready = time.perf_counter() - start
-        with Reader(system.service.address, system.service.keys()) as reader:
-            reader.sample(bench.workload.batch, chunk=CHUNK)
-            sampled = time.perf_counter() - start
-        rows.append(
-            {
-                "rows": "memory",
-                "system": system.name,
-                "round": number,
-                "ready_s": ready,
-                "sampled_s": sampled,
-                "rebuild_MB_s": images / sampled / 1e6,
-            }
-        )
+        (ready, sampled), others = bench.phase(lambda: _restart(system))
+        row = {"rows": "memory", "system": system.name, "round": number, "others": others}
+        row |= {"ready_s": ready, "sampled_s": sampled}
+        rows.append(row | {"rebuild_MB_s": images / sampled / 1e6})
     return rows
+
+
+def _restart(system: TwinRL) -> tuple[float, float]:
+    """Seconds from the start after a kill until the service is ready, and until a first batch is drawn."""
+    system.service.kill()
+    start = time.perf_counter()
+    system.service.start()
+    ready = time.perf_counter() - start
+    with Reader(system.service.address, system.service.keys()) as reader:
+        reader.sample(system.workload.batch, chunk=CHUNK)
+    return ready, time.perf_counter() - start
 
 
 def files_in(folder: Path) -> list[Path]:
