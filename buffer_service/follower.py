@@ -9,7 +9,7 @@ from typing import Any
 
 from buffer_service.entry import Entry
 from buffer_service.index import Index
-from twinrl.core.errors import DeadlineError, Rejected, RemoteError
+from twinrl.core.errors import DeadlineError, Rejected, RemoteError, TwinRLError
 from twinrl.core.sockets import Client
 
 FOLLOW_SECONDS = 1.0  # how long the service may hold the question for news
@@ -97,7 +97,7 @@ class Follower:
                 if time.monotonic() - self._sent_at >= PRIORITY_SECONDS:
                     self._send_priorities()
                 self.trouble = ""
-            except (DeadlineError, RemoteError) as error:
+            except TwinRLError as error:  # whatever it is, the next turn may be better
                 with self._changed:
                     self._sampled += sampled
                     self.trouble = str(error)

@@ -237,6 +237,8 @@ class Reader:
         limiter up to `deadline` s.
         """
         chunk, generator = chunk or self.schema.chunk, generator or self.generator
+        if batch_size < 1 or chunk < 1:
+            raise ValueError(f"batch_size={batch_size}, chunk={chunk}: at least 1 each")
         parts = draws(mix, task, region, newest, by)
         end = time.monotonic() + (self.deadline if deadline is None else deadline)
         online = sum(part.share for part in parts if part.source in (None, *ONLINE))

@@ -305,6 +305,8 @@ def test_what_goes_wrong_in_the_prefetcher_reaches_its_consumer(bench):
         next(batches)
     with pytest.raises(ValueError, match="depth=0"):
         Prefetcher(reader, 8, depth=0)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        reader.sample(0)
 
 
 def _next(batches):
