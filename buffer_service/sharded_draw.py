@@ -15,7 +15,9 @@ from typing import NamedTuple
 import numpy as np
 
 from buffer_service.gather import Batch
+from buffer_service.reader import Reader
 from buffer_service.sampler import Draw, split
+from buffer_service.shards import join_id
 
 
 class Offer(NamedTuple):
@@ -72,6 +74,27 @@ def divide(
     return {number: share for number, share in shares.items() if share.parts}
 
 
+def offer(
+    wanted: Sequence[Draw], readers: Mapping[int, Reader], known: int, chunk: int
+) -> dict[int, list[Offer]]:
+    """What each of `readers` could give to each part; with their lock held. known: services, the lost ones included."""
+    offers: dict[int, list[Offer]] = {number: [] for number in readers}
+    for draw in wanted:
+        if draw.by == "fresh":  # a service sees only its part of what comes in
+            draw = replace(draw, half_life=draw.half_life / known)
+        newest = dict.fromkeys(readers, draw.newest)
+        if draw.newest is not None:
+            times = {n: reader.newest_times(draw, chunk) for n, reader in readers.items()}
+            newest = dict(newest_of_each(times, draw.newest))
+        for number, reader in readers.items():
+            if newest[number] == 0:
+                offers[number].append(Offer(draw, 0, 0.0))
+                continue
+            own = replace(draw, newest=newest[number])
+            offers[number].append(Offer(own, *reader.weigh(own, chunk)))
+    return offers
+
+
 def newest_of_each(times: Mapping[int, Sequence[float]], newest: int) -> dict[int, int]:
     """How many of the `newest` segments over all services are in each. times: of so many of each, rising."""
     merged = heapq.merge(
@@ -108,3 +131,24 @@ def weigh(drawn: Sequence[tuple[Share, np.ndarray]]) -> np.ndarray:
     for number in np.unique(part):
         weight[part == number] /= weight[part == number].max()
     return weight.astype(np.float32)
+
+
+def join(
+    batch: Batch, jobs: Sequence[tuple[int, Share, Batch]], drawn: Sequence[Batch | None]
+) -> Batch | None:
+    """The whole batch: `batch`, whose `slices` the services filled, with what they made beside. None if one failed."""
+    if any(each is None for each in drawn):
+        return None
+    names = set(batch) & set.intersection(*(set(each) for each in drawn if each)) | {"shard"}
+    for (number, _, rows), each in zip(jobs, drawn, strict=True):
+        assert each is not None
+        rows["shard"][:] = number
+        for name in names - {"shard"}:
+            if each[name] is not rows[name]:
+                rows[name][...] = each[name]
+        rows["segment"][:] = join_id(number, rows["segment"])
+    batch = {name: array for name, array in batch.items() if name in names}
+    given = [(share, each) for (_, share, _), each in zip(jobs, drawn, strict=True) if each]
+    batch["weight"] = weigh([(share, each["weight"]) for share, each in given])
+    batch["instruction"] = np.concatenate([each["instruction"] for _, each in given])
+    return batch

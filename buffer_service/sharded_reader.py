@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from buffer_service.gather import Batch, allocate, fields_of
 from buffer_service.reader import Reader
 from buffer_service.sampler import Draw, draws
 from buffer_service.sharded_cursor import ShardedCursor
-from buffer_service.sharded_draw import Offer, Share, divide, newest_of_each, slices, weigh
+from buffer_service.sharded_draw import Offer, Share, divide, join, offer, slices
+from buffer_service.sharded_info import merge
 from buffer_service.shards import CONNECT_SECONDS, Links, join_id, split_id
 from twinrl.core.errors import DeadlineError
 from twinrl.core.keys import Keys
@@ -136,7 +136,7 @@ class ShardedReader:
                 accounts[number] = answer
         if not accounts:
             raise DeadlineError("; ".join(["no replay service answers", *self._describe_lost()]))
-        merged, lost = _merge(accounts), self._describe_lost()
+        merged, lost = merge(accounts), self._describe_lost()
         return merged | {"lost": lost, "waiting": [*merged["waiting"], *lost]}
 
     def call(self, method: str, args: dict[str, Any], deadline: float) -> dict[str, Any]:
@@ -322,7 +322,7 @@ class ShardedReader:
 
         def some() -> bool:
             offers.clear()
-            offers.update(self._offers(wanted, chunk))
+            offers.update(offer(wanted, self.parts, len(self._connected()), chunk))
             return any(offer.windows for each in offers.values() for offer in each)
 
         def what() -> str:
@@ -331,26 +331,6 @@ class ShardedReader:
 
         self.wait_for(some, end - time.monotonic(), what)
         return divide(wanted, offers, count, generator)
-
-    def _offers(self, wanted: list[Draw], chunk: int) -> dict[int, list[Offer]]:
-        """What each living service could give to each part; with the lock held."""
-        parts = self.parts
-        known = len(self._connected())
-        offers: dict[int, list[Offer]] = {number: [] for number in parts}
-        for draw in wanted:
-            if draw.by == "fresh":  # a service sees only its part of what comes in
-                draw = replace(draw, half_life=draw.half_life / known)
-            newest = dict.fromkeys(parts, draw.newest)
-            if draw.newest is not None:
-                times = {n: reader.newest_times(draw, chunk) for n, reader in parts.items()}
-                newest = dict(newest_of_each(times, draw.newest))
-            for number, reader in parts.items():
-                if newest[number] == 0:
-                    offers[number].append(Offer(draw, 0, 0.0))
-                    continue
-                own = replace(draw, newest=newest[number])
-                offers[number].append(Offer(own, *reader.weigh(own, chunk)))
-        return offers
 
     def _gather(
         self,
@@ -384,26 +364,7 @@ class ShardedReader:
             drawn = list(self._pool.map(draw, jobs, own))
         else:
             drawn = [draw(job, generator) for job in jobs]
-        return self._join(batch, jobs, drawn)
-
-    def _join(
-        self, batch: Batch, jobs: list[tuple[int, Share, Batch]], drawn: list[Batch | None]
-    ) -> Batch | None:
-        if any(each is None for each in drawn):
-            return None
-        names = set(batch) & set.intersection(*(set(each) for each in drawn if each)) | {"shard"}
-        for (number, _, rows), each in zip(jobs, drawn, strict=True):
-            assert each is not None
-            rows["shard"][:] = number
-            for name in names - {"shard"}:
-                if each[name] is not rows[name]:
-                    rows[name][...] = each[name]
-            rows["segment"][:] = join_id(number, rows["segment"])
-        batch = {name: array for name, array in batch.items() if name in names}
-        given = [(share, each) for (_, share, _), each in zip(jobs, drawn, strict=True) if each]
-        batch["weight"] = weigh([(share, each["weight"]) for share, each in given])
-        batch["instruction"] = np.concatenate([each["instruction"] for _, each in given])
-        return batch
+        return join(batch, jobs, drawn)
 
     # -- who is there ------------------------------------------------------------------------------------
 
@@ -460,37 +421,3 @@ def _by_shard(ids: Iterable[int]) -> dict[int, list[int]]:
         number, id = split_id(each)
         found.setdefault(number, []).append(id)
     return found
-
-
-def _merge(accounts: dict[int, dict[str, Any]]) -> dict[str, Any]:
-    """One account of several: numbers are summed, the rest is the first one's."""
-    first = next(iter(accounts.values()))
-    sizes: dict[str, collections.Counter[str]] = {}
-    sums = {name: collections.Counter() for name in ("counters", "stats", "capacity")}
-    cursors: dict[str, collections.Counter[str]] = {}
-    written: collections.Counter[str] = collections.Counter()  # segments of each writer
-    for account in accounts.values():
-        for key, size in account["sizes"].items():
-            sizes.setdefault(key, collections.Counter()).update(size)
-        for name, total in sums.items():
-            total.update({k: v for k, v in account[name].items() if isinstance(v, (int, float))})
-        written.update({writer: last + 1 for writer, last in account["writers"].items()})
-        for name, values in account["cursors"].items():
-            cursors.setdefault(name, collections.Counter()).update(values)
-    waiting = [
-        f"shard {number}: {text}"
-        for number, account in accounts.items()
-        for text in account["waiting"]
-    ]
-    return {
-        **first,
-        **{name: dict(total) for name, total in sums.items()},
-        "sizes": {key: dict(size) for key, size in sizes.items()},
-        "writers": {writer: count - 1 for writer, count in written.items()},
-        "cursors": {
-            name: dict(total) | {"position": first["cursors"].get(name, {}).get("position", 0)}
-            for name, total in cursors.items()
-        },
-        "waiting": waiting,
-        "shards": accounts,
-    }
