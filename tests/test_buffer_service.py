@@ -18,7 +18,7 @@ from twinrl.core.keys import Keys, create_keys
 from twinrl.core.segment import Segment
 from twinrl.core.sockets import Client, wait_until
 
-pytestmark = pytest.mark.timeout(40)
+pytestmark = pytest.mark.timeout(180)
 STEPS = 8
 
 

@@ -12,7 +12,7 @@ from buffer_service.testing import segment
 from twinrl.core.errors import ConfigError, DeadlineError, Rejected
 from twinrl.core.sockets import wait_until
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(180)
 STEPS = 8
 
 

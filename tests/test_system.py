@@ -111,7 +111,7 @@ def launch(tmp_path):
                 os.killpg(run.process.pid, signal.SIGKILL)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_the_ring_in_miniature(launch):
     """Transitions from twin and robot reach the learner, weights come back, versions rise, a report is written."""
     run = launch(str(ROOT / "configs/tiny.yaml"))
@@ -165,13 +165,13 @@ def test_the_ring_in_miniature(launch):
         [*TWINRL, "eval", str(run.path), "--episodes", "4", "--world", "twin", "--region", "id"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert evaluation.returncode == 0, evaluation.stderr
     assert "n = 4" in evaluation.stdout
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_killed_processes_come_back_and_an_interrupted_run_goes_on(launch):
     """kill -9 of a twin actor and of the replay service in stage 2, Ctrl-C, resume to the end."""
     run = launch(str(ROOT / "configs/tiny.yaml"), "twin_rl.steps=30000", "twins.envs=8")
@@ -215,7 +215,7 @@ def test_killed_processes_come_back_and_an_interrupted_run_goes_on(launch):
     assert again.left_over() == []
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -235,7 +235,7 @@ def test_errors_are_sentences(launch, arguments, words):
     assert run.left_over() == []
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(300)
 def test_a_taken_port_is_named(launch):
     import socket
 
