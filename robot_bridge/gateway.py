@@ -180,14 +180,15 @@ class Gateway:
         """What an arm sees, for the next chunk."""
         robot, args = self._leases.find(request.args), request.args
         images = frames.check(request.arrays, args["codec"], self.job.schema.image_size)
+        self._check_observation(images)
         single = {k: v[0] if k.startswith(IMAGE_PREFIX) else v for k, v in images.items()}
         robot.frames, robot.frames_time = frames.split(request.arrays), time.time()
         header = {
             "robot": robot.name,
-            "episode": str(args["episode"]),
-            "step": int(args["step"]),
+            "episode": arguments.text(args, "episode"),
+            "step": arguments.integer(args, "step"),
             "instruction": self.job.instruction,
-            "parameters": args.get("parameters", {}),
+            "parameters": arguments.mapping({"parameters": {}, **args}, "parameters"),
         }
         return self._desk.ask(robot.name, header, single, _seconds(args))
 
@@ -215,7 +216,8 @@ class Gateway:
 
     def policy_take(self, request: Request) -> Future:
         """Observations for a policy server."""
-        taken = self._desk.take(max(1, int(request.args.get("limit", 1))), _seconds(request.args))
+        limit = arguments.integer(request.args, "limit", 1, low=1)
+        taken = self._desk.take(limit, _seconds(request.args))
         self._episodes.tick()
         answer: Future = Future()
         taken.add_done_callback(lambda done: answer.set_result(pack_questions(done.result())))
@@ -247,7 +249,7 @@ class Gateway:
 
     def results(self, request: Request) -> dict[str, Any]:
         """How episodes ended."""
-        return {"results": self._episodes.since(int(request.args.get("since", 0)))}
+        return {"results": self._episodes.since(arguments.integer(request.args, "since", 0))}
 
     def robots(self, request: Request) -> Answer:
         """Every robot that was ever attached, with its last frames."""
@@ -328,6 +330,15 @@ class Gateway:
                 "robot and run record different columns: on the robot's PC run  "
                 f"pip install 'twinrl=={self.job.software}'"
             )
+
+    def _check_observation(self, arrays: dict[str, Any]) -> None:
+        schema = self.job.schema
+        image = ("|u1", (1, schema.image_size, schema.image_size, 3))
+        expected = {IMAGE_PREFIX + camera: image for camera in schema.cameras}
+        expected["observation.state"] = ("<f4", (schema.state_dim,))
+        found = {name: (array.dtype.str, array.shape) for name, array in arrays.items()}
+        if found != expected:
+            raise WireError(f"an observation of {found}, the run's is {expected}")
 
     def _why_not_begin(self, robot: Robot) -> str:
         if not robot.attached:

@@ -6,8 +6,10 @@ import time
 from typing import Any
 
 from robot_bridge.protocol import NAME_TAKEN, NOT_ATTACHED
+from twinrl.core import arguments
 from twinrl.core.errors import Rejected
 
+FIGURES = ("chunk_ms", "spool_segments", "spool_bytes")  # of a robot's state
 TOTALS = ("seconds", "episodes", "successes", "takeovers", "holds")
 
 
@@ -53,10 +55,15 @@ class Robot:
             self.now, self.session = {}, session
 
     def hear(self, state: dict[str, Any]) -> None:
-        """A sign of life."""
+        """A sign of life; WireError if what is shown and summed of it is of another kind."""
+        totals = arguments.mapping({"totals": {}, **state}, "totals")
+        for name in FIGURES:
+            arguments.number(state, name, 0.0)
+        for name in ("doing", "reason"):
+            arguments.text(state, name, "")
+        arguments.integer(state, "estop_seen", 0)
         self.seen, self.state = time.monotonic(), state
-        totals = state.get("totals", {})
-        self.now = {str(k): float(v) for k, v in totals.items() if isinstance(v, (int, float))}
+        self.now = {k: float(v) for k, v in totals.items() if arguments.is_number(v)}
 
     def count_episode(self, number: int) -> None:
         """An episode with this number has ended."""
@@ -118,7 +125,7 @@ class Robot:
         data.update({k: self.total(k) for k in self.now if k.startswith("filter/")})
         if row["success"] is not None:
             data["success"] = row["success"]
-        for key in ("chunk_ms", "spool_segments", "spool_bytes"):
+        for key in FIGURES:
             data[key] = float(self.state.get(key, 0.0))
         return {f"robot/{self.name}/{key}": value for key, value in data.items()}
 
