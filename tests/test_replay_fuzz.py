@@ -603,8 +603,8 @@ PREFIX = struct.Struct("<8sQQdQQ")  # of a record
 
 
 def harmless(result) -> bool:
-    """Whether a request that got this result changed nothing: it was out of order, or a repeat."""
-    return bool(result.get("refused") or result.get("repeated"))
+    """Whether a request that got this result changed nothing: out of order, a repeat, of what is not there."""
+    return any(map(result.get, ("refused", "repeated", "missing")))
 
 
 def number_of(case: int) -> int:
