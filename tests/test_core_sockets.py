@@ -173,6 +173,18 @@ def test_a_header_that_is_too_large_is_refused_on_both_sides(serve, keys, connec
     with pytest.raises(WireError, match="at most 1048576"):
         client.call("echo", {"x": "x" * (1 << 20)})
     assert client.call("echo", {"x": "x" * 1_000_000})[0]["x"] == "x" * 1_000_000
+    context = zmq.Context()
+    raw = context.socket(zmq.DEALER)
+    secure_client(raw, keys["cluster"])
+    raw.connect(address)
+    try:
+        # Not even looked at: its number is not in the answer.
+        raw.send(msgpack.packb([1, {"id": 5, "method": "echo", "x": "x" * (1 << 20)}, []]))
+        assert raw.poll(5000)
+        header, _ = wire.unpack(raw.recv_multipart())
+        assert header["id"] is None and "at most 1048576" in header["rejected"]
+    finally:
+        context.destroy(0)
 
 
 def test_complaints_are_logged_at_a_bounded_rate(serve, connect, address, caplog, monkeypatch):

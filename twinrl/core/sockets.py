@@ -31,9 +31,8 @@ from twinrl.core.keys import Keys, secure_client, secure_server
 
 log = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 512 << 20  # of one frame; a peer that sends a larger one is cut off
-MAX_REQUEST_HEADER_BYTES = (
-    1 << 20
-)  # of a request's first frame, whose msgpack may need 64 times that in memory
+# Of a request's first frame. Its msgpack may need 64 times that in memory.
+MAX_REQUEST_HEADER_BYTES = 1 << 20
 MAX_UNANSWERED = 1024  # requests of one peer that wait for their answers
 MAX_UNREAD_BYTES = 256 << 20  # large answers that one peer has not taken yet
 INCOMING = 64  # messages of one peer that wait to be served; then its TCP connection has to wait
@@ -332,7 +331,7 @@ class Server:
         text = text[:MAX_TEXT].encode("utf-8", "replace").decode()
         version = wire.PROTOCOL
         if isinstance(error, WireError) and number is None and asked:
-            version, number = _sender(asked)
+            version, number = _sender(asked[0])
         self._send(peer, [msgpack.packb([version, {"id": number, kind: text}, []])])
 
     def _send(self, peer: bytes, frames: list) -> None:
@@ -354,14 +353,15 @@ def _number(header: dict[str, Any]) -> int:
     return number
 
 
-def _sender(frames: list) -> tuple[int, int | None]:
+def _sender(head: zmq.Frame) -> tuple[int, int | None]:
     """Protocol and number of a request that could not be read: a peer of another version gets an answer it reads."""
-    try:
-        version, header, *_ = msgpack.unpackb(frames[0].bytes, strict_map_key=False)
-        if type(version) is int and 0 < version < 256:
-            return version, _number(header)
-    except Exception:  # not even a header
-        pass
+    if len(head) <= MAX_REQUEST_HEADER_BYTES:
+        try:
+            version, header, *_ = msgpack.unpackb(head.bytes, strict_map_key=False)
+            if type(version) is int and 0 < version < 256:
+                return version, _number(header)
+        except Exception:  # not even a header
+            pass
     return wire.PROTOCOL, None
 
 
