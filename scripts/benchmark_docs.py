@@ -1,0 +1,255 @@
+"""`python scripts/benchmark_docs.py`: writes docs/benchmarks.md from benchmarks/results/*.json; `--check` only compares."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # benchmarks are no package of the distribution
+
+from benchmarks.replay_bench.bench import Row  # noqa: E402
+from benchmarks.replay_bench.figures import CALM, FIGURES, medians  # noqa: E402
+
+PAGE = ROOT / "docs" / "benchmarks.md"
+RESULTS = ROOT / "benchmarks" / "results"
+NAMES = {
+    "files-everysec": "TwinRL, segment files, synced every second (default)",
+    "files-always": "TwinRL, segment files, synced before the acknowledgement",
+    "files-in-memory": "TwinRL, segment files in memory, no log",
+    "redis-everysec": "TwinRL, payload in Redis, log synced every second",
+    "redis-always": "TwinRL, payload in Redis, log synced before the acknowledgement",
+    "redis-in-memory": "TwinRL, payload in Redis, no log",
+    "reverb": "dm-reverb 0.14",
+    "torchrl": "TorchRL 0.14 LazyMemmapStorage",
+    "redis_pickle": "pickled transitions in plain Redis",
+    "zmq_pickle": "pickles over ZeroMQ REQ/REP, as agentlace does",
+}
+WEIGHTS = (  # key, what it is, goal
+    (
+        "weights_vs_memcpy",
+        "500 MB of weights into the first of 1, 4, 16 same-host actors, against memcpy",
+        ">= 0.5",
+    ),
+    ("publish_stall", "learner's time lost to publishing, of an update's time", "<= 0.02"),
+    (
+        "delta_20mbit_s",
+        "delta of one Adam step of a 50 MB model over a simulated 20 Mbit/s link, seconds",
+        "<= 3",
+    ),
+)
+# Why a goal is missed, for the keys whose figure misses it.
+REASONS: dict[str, str] = {}
+HEAD = """# Benchmarks
+
+Written by `scripts/benchmark_docs.py` from `benchmarks/results/`: measure again, then run
+`python scripts/benchmark_docs.py`.
+
+| command | measures | results |
+| --- | --- | --- |
+| `python -m benchmarks.replay` | the replay service beside other replays, memory, disk and bare sockets | `replay.json` |
+| `python -m benchmarks.weights` | weights from the learner to actors and over slow links | `weights.json` |
+| `python -m benchmarks.codecs` | image codecs: [codecs](codecs.md) | `codecs.json` |
+
+Each takes `--quick` (within two minutes) and `--json FILE`; `make bench` runs the quick forms of all. The replay's peers
+run in environments of their own: `make peers` builds them (1.4 GB); without them their rows are left out. One group of
+rows at a time: `--rows at_once,disk`; with `--resume`, groups that FILE has already are not measured again.
+"""
+METHOD = """## How it is measured
+
+**Workload W.** A transition is two RGB images of 128x128, 32 float32 of state, 4x7 float32 of actions, a reward and four
+flags: 98,552 bytes. A writer process inserts segments of 50 transitions, a reader process draws batches of 256 transitions
+with their next observations: 50 MB each. The images look rendered, with the noise of a small camera (standard deviation 2
+of 255), one camera fixed and one moving; 16 different segments are written in turn. Every system gets the same bytes.
+TwinRL stores an action per control step, so W's 4x7 actions are a window of four steps (`chunk=4`), and its next
+observation lies four steps on. Small transitions have 256 bytes and no images.
+
+**Taking turns.** All systems of a group are started and filled to their capacity (5,000 transitions), so that each insert
+also removes. Then they take turns of 2.5 s, five rounds of them (with many systems in another order each round); the others are idle
+meanwhile. A ratio is taken within a round; the table has the median of the rounds, and the lowest and highest in
+brackets. Rates are counted in transitions, and a writer's clock stops when its last segment is acknowledged.
+
+**Quiet moments.** A phase waits for a moment in which other programs use less than 0.15 cores, though not for ever, and its
+row says how much they used meanwhile (`others`; the kernel's own work of writing files back is among it). Rounds with more
+than 0.3 cores count only where fewer than three are quieter.
+
+| group | what runs |
+| --- | --- |
+| `at_once` | W, a writer and a reader at the same time |
+| `small` | the same with small transitions |
+| `disk` | the writer alone; against a process that appends the same segments to files of the same size with `writev`, removes the oldest, and syncs with `fdatasync` once a second from a thread (or after each segment) |
+| `batch` | the reader alone; against numpy's copy of the same 50 MB from a store-sized array into the same target |
+| `tcp` | a reader that cannot open the service's folder and keeps no cache, so every row comes through the socket; against a bare ZeroMQ REQ/REP pair, 50 MB in four parts, nothing copied, without and with CURVE. The service always encrypts |
+| `memory` | 2 GiB of images stored. Memory: each process's share (`Pss`) of service and Redis, without mapped segment files, plus what `mincore` finds in the page cache of every file of the run. Disk: blocks of those files. Then service and Redis are killed with SIGKILL and started again; the clock stops when a new reader has its first batch |
+| `scale` | 1, 4 and 64 writer processes, each as fast as it may, with 4 readers; batch times are those of all readers and rounds |
+| `wait` | a learner that computes for 150 ms on each batch (one thread) while 400 transitions a second come in |
+
+**What each keeps.** An acknowledged segment of TwinRL's survives the death of every process, and of the machine but for the
+last second (`everysec`) or nothing (`always`); repeats are dropped, also after a restart. Reverb keeps everything in its
+process: a crash loses all since the last checkpoint, which somebody must ask for and which stops the tables while it is
+written. TorchRL's memmap is files that nobody syncs, without a record of what is valid in them; writer and reader share one
+lock on one host. Redis runs without a log here, and the ZeroMQ learner holds its data in arrays. Only TwinRL's figures
+include a checksum over every byte and the check of every segment's columns against the schema.
+
+**Settings of the peers.** Reverb: chunk length 1 with images and 50 without (the fastest of those tried), a `TrajectoryDataset` with one worker,
+`rate_limiter=MinSize`, an item of two steps for each transition. TorchRL: `extend` by whole segments, observations stored
+once and the next one read from the next row (its usual layout stores it twice, which halves its inserts), one thread;
+no service lies in between, so it has nothing to copy into. Redis: `SET` of 50 pickles in a pipeline over a Unix socket,
+`MGET`. ZeroMQ: one request of 50 pickled transitions, REP thread and sampling in one Python process.
+"""
+
+
+def page() -> str:
+    """The page's text."""
+    replay = _load("replay")
+    parts = [HEAD, "## The replay service\n", *_environment(replay)]
+    parts += _table(
+        [(f.key, f.text, f.goal, f"`--rows {f.rows}`") for f in FIGURES],
+        replay,
+    )
+    if replay:
+        parts += ["", "### Side by side\n", *_systems(replay["rows"])]
+    weights = _load("weights")
+    if weights:
+        parts += ["", "## Weights\n", "See [weights](weights.md).\n", *_environment(weights)]
+        parts += _table([(*each, "all of it") for each in WEIGHTS], weights)
+    parts += ["", METHOD, *_missed()]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def missed() -> list[str]:
+    """Keys whose goals the committed results miss."""
+    goals = {figure.key: figure.goal for figure in FIGURES} | {key: g for key, _, g in WEIGHTS}
+    found = _load("replay").get("figures", {}) | _load("weights").get("figures", {})
+    return [key for key, goal in goals.items() if key in found and not _reached(found[key], goal)]
+
+
+def _load(name: str) -> dict[str, Any]:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _reached(value: float, goal: str) -> bool:
+    if not goal:
+        return True
+    sign, limit = goal.split()
+    return value >= float(limit) if sign == ">=" else value <= float(limit)
+
+
+def _environment(report: dict[str, Any]) -> list[str]:
+    if not report:
+        return []
+    machine = report["machine"]
+    cpu = f" ({machine['cpu']})" if "cpu" in machine else ""
+    memory = f", {machine['memory_GB']} GB" if "memory_GB" in machine else ""
+    text = f"`{report['command']}` on {machine['cpus']} cores{cpu}{memory}, {machine['system']}, "
+    text += f"Python {machine['python']}."
+    groups = report.get("groups", {})
+    if groups:
+        text += f" Measured on {min(g['at'] for g in groups.values())[:10]},"
+        text += f" {sum(g['took_s'] for g in groups.values()) / 60:.0f} minutes."
+        others = sorted(row["others"] for row in report["rows"] if "others" in row)
+        quiet = sum(each <= CALM for each in others) / len(others)
+        text += f" Other programs used {others[len(others) // 2]:.2f} cores in the middle phase"
+        text += f" ({quiet:.0%} of the phases were quiet, see below)."
+    elif "load" in machine:
+        text += f" Load of the machine at the start: {machine['load']:g}."
+    return [text + "\n"]
+
+
+def _table(lines: list[tuple[str, str, str, str]], report: dict[str, Any]) -> list[str]:
+    out = [
+        "| key | what it is | goal | figure | reached | rows |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for key, text, goal, rows in lines:
+        value = report.get("figures", {}).get(key)
+        if value is None:
+            out.append(f"| `{key}` | {text} | {goal} | not measured | | {rows} |")
+            continue
+        spread = report.get("spread", {}).get(key)
+        shown = f"**{_number(value)}**" + (
+            f" [{_number(spread[0])}, {_number(spread[1])}]" if spread else ""
+        )
+        verdict = ("yes" if _reached(value, goal) else "**no**") if goal else ""
+        out.append(f"| `{key}` | {text} | {goal} | {shown} | {verdict} | {rows} |")
+    return out
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def _systems(rows: list[Row]) -> list[str]:
+    found = medians(rows)
+    out = []
+    titles = {
+        "at_once": "Workload W, writing and sampling at once",
+        "small": "Small transitions, writing and sampling at once",
+        "scale": "Four readers at once with",
+        "tcp": "Batches through a socket",
+        "disk": "Writing alone",
+    }
+    for group, title in titles.items():
+        places = [place for place in found if place[0] == group]
+        if not places:
+            continue
+        columns = [
+            (key, name)
+            for key, name in (
+                ("write_MB_s", "insert MB/s"),
+                ("write_per_s", "transitions/s"),
+                ("sample_MB_s", "sample MB/s"),
+                ("sample_per_s", "transitions/s"),
+                ("p50_ms", "batch p50 ms"),
+                ("p99_ms", "batch p99 ms"),
+            )
+            if any(key in found[place] for place in places)
+        ]
+        out.append(f"| {title} | " + " | ".join(name for _, name in columns) + " |")
+        out.append("| --- |" + " ---: |" * len(columns))
+        for place in places:
+            cells = [
+                _number(found[place][key]) if key in found[place] else "" for key, _ in columns
+            ]
+            out.append(f"| {NAMES.get(place[1], place[1])} | " + " | ".join(cells) + " |")
+        out.append("")
+    stored = [(place[1], numbers) for place, numbers in found.items() if place[0] == "memory"]
+    if stored:
+        out.append(
+            "| 2 GiB of images stored as | memory / raw | disk / raw | back after a kill, s |"
+        )
+        out.append("| --- | ---: | ---: | ---: |")
+        out += [
+            f"| {name} | {n['memory_vs_raw']:.3g} | {n['disk_vs_raw']:.3g} | {n['sampled_s']:.3g} |"
+            for name, n in stored
+        ]
+    return out
+
+
+def _missed() -> list[str]:
+    keys = missed()
+    if not keys:
+        return []
+    lines = [f"- `{key}`: {REASONS.get(key, 'no reason is written down yet')}" for key in keys]
+    return ["## Goals that are missed, and why\n", *lines]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write the page, or compare it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true", help="only say whether the page is current")
+    options = parser.parse_args(arguments)
+    text = page()
+    if options.check:
+        if not PAGE.exists() or PAGE.read_text(encoding="utf-8") != text:
+            sys.exit("docs/benchmarks.md is not current: python scripts/benchmark_docs.py")
+    else:
+        PAGE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
