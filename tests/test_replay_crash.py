@@ -52,6 +52,8 @@ def check(found) -> tuple[int, int, int]:
     writer, episode = (int(each) for each in found.header["episode"].split())
     first = found.header["first_step"]
     _, columns = make(writer, episode, first)
+    if found.header["last"]:  # or closed because its writer was killed
+        columns["truncated"][-1] = True
     assert set(found.columns) == set(columns)
     for name, column in columns.items():
         assert found.columns[name].dtype == column.dtype
