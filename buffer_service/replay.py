@@ -23,7 +23,7 @@ from buffer_service.entry import Entry
 from buffer_service.limiter import ONLINE, RateLimiter
 from buffer_service.polls import MAX_WAIT, Polls
 from buffer_service.redis_address import Redis
-from buffer_service.rows import RowGatherer, wanted
+from buffer_service.rows import RowGatherer, row_codec, wanted
 from buffer_service.store import SCHEMA_CURE, Store
 from twinrl.core import arguments, wire
 from twinrl.core.errors import Rejected, TwinRLError
@@ -309,6 +309,7 @@ class Service:
         `missing` segments were evicted; there are no columns then.
         """
         windows, chunk = wanted(request.args, self.schema)
+        codec = row_codec(request.args)
         entries, records, missing = {}, {}, []
         with self._lock:
             for id in {id for window in windows for id in (window[0], window[3]) if id}:
@@ -320,7 +321,7 @@ class Service:
                     entries[id], records[id] = entry, raw
         if missing:
             return {"missing": missing, "instructions": []}
-        return self._rows.submit(windows, chunk, entries, records)
+        return self._rows.submit(windows, chunk, entries, records, codec)
 
     def permit(self, request: Request) -> Future:
         """Ask the limiter for `sample` transitions (0: whether inserting may go on), waiting up to `wait` s."""
@@ -445,6 +446,7 @@ class Service:
         sizes: dict[str, Any] = {
             "replay/segments": len(self.store.entries),
             "replay/bytes": sum(self.store.bytes.values()),
+            **self.store.stats(),
         }
         for source in SOURCES:
             sizes[f"replay/transitions/{source}"] = self.store.transitions[source]
