@@ -44,7 +44,7 @@ QUICK: dict[str, Any] = {
     "rounds": 3,
     "restarts": 1,
     "patience": 2.0,
-    "settings": ("files everysec", "files always", "files in memory"),
+    "settings": ("files everysec", "files always", "files never"),
     "workload": W._replace(segments=4, capacity=2000),
     "small": SMALL._replace(segments=16, capacity=5000),
     "stored_bytes": 256 << 20,
@@ -95,7 +95,6 @@ def measure(names: list[str], settings: dict[str, Any], report: dict[str, Any], 
             rows = GROUPS[name](bench)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-            shutil.rmtree(bench.memory(), ignore_errors=True)
         report["rows"] = [row for row in report["rows"] if row["rows"] != name] + rows
         report["groups"][name] = {
             "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

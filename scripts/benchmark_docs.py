@@ -19,10 +19,10 @@ RESULTS = ROOT / "benchmarks" / "results"
 NAMES = {
     "files-everysec": "TwinRL, segment files, synced every second (default)",
     "files-always": "TwinRL, segment files, synced before the acknowledgement",
-    "files-in-memory": "TwinRL, segment files in memory, no log",
+    "files-never": "TwinRL, segment files, never synced",
     "redis-everysec": "TwinRL, payload in Redis, log synced every second",
     "redis-always": "TwinRL, payload in Redis, log synced before the acknowledgement",
-    "redis-in-memory": "TwinRL, payload in Redis, no log",
+    "redis-never": "TwinRL, payload in Redis, log never synced",
     "reverb": "dm-reverb 0.14",
     "torchrl": "TorchRL 0.14 LazyMemmapStorage",
     "redis_pickle": "pickled transitions in plain Redis",
@@ -88,7 +88,8 @@ than 0.3 cores count only where fewer than three are quieter.
 | `wait` | a learner that computes for 150 ms on each batch (one thread) while 400 transitions a second come in |
 
 **What each keeps.** An acknowledged segment of TwinRL's survives the death of every process, and of the machine but for the
-last second (`everysec`) or nothing (`always`); repeats are dropped, also after a restart. Reverb keeps everything in its
+last second (`everysec`) or nothing (`always`); with `never` the system writes when it likes. Repeats are dropped, also after
+a restart. Reverb keeps everything in its
 process: a crash loses all since the last checkpoint, which somebody must ask for and which stops the tables while it is
 written. TorchRL's memmap is files that nobody syncs, without a record of what is valid in them; writer and reader share one
 lock on one host. Redis runs without a log here, and the ZeroMQ learner holds its data in arrays. Only TwinRL's figures

@@ -10,29 +10,30 @@ from benchmarks.replay_bench.systems import Reverb, System, TwinRL
 from benchmarks.replay_bench.workload import STEPS, Workload
 
 REDIS = {"store": "redis", "redis_memory_mb": 8000}
-# name in `bench.SETTINGS`: options of the service, whether its folder is in memory
-OPTIONS: dict[str, tuple[dict[str, Any], bool]] = {
-    "files everysec": ({}, False),
-    "files always": ({"flush": "always"}, False),
-    "files in memory": ({"flush": "never"}, True),
-    "redis everysec": (REDIS, False),
-    "redis always": ({**REDIS, "flush": "always"}, False),
-    "redis in memory": ({**REDIS, "flush": "never"}, True),
+# name in `bench.SETTINGS`: options of the service
+OPTIONS: dict[str, dict[str, Any]] = {
+    "files everysec": {},
+    "files always": {"flush": "always"},
+    "files never": {"flush": "never"},
+    "redis everysec": REDIS,
+    "redis always": {**REDIS, "flush": "always"},
+    "redis never": {**REDIS, "flush": "never"},
 }
 
 
 def ours(bench: Bench, workload: Workload, names: Sequence[str]) -> list[TwinRL]:
     """Our service in the settings of those names, as far as this run has them."""
-    systems = []
-    for name in names:
-        if name not in bench.settings:
-            continue
-        options, in_memory = OPTIONS[name]
-        folder = bench.memory() if in_memory else bench.folder
-        systems.append(
-            TwinRL(name.replace(" ", "-"), workload, bench.data(workload), folder, **options)
+    return [
+        TwinRL(
+            name.replace(" ", "-"),
+            workload,
+            bench.data(workload),
+            bench.folder,
+            **OPTIONS[name],
         )
-    return systems
+        for name in names
+        if name in bench.settings
+    ]
 
 
 def at_once(bench: Bench) -> list[Row]:

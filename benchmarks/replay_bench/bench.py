@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 
 from benchmarks._others import Others
-from benchmarks.replay_bench.systems import MEMORY, System, available
+from benchmarks.replay_bench.systems import System, available
 from benchmarks.replay_bench.workload import SMALL, W, Workload, create
 
 Row = dict[str, Any]
 SETTINGS = (
     "files everysec",
     "files always",
-    "files in memory",
+    "files never",
     "redis everysec",
     "redis always",
-    "redis in memory",
+    "redis never",
 )
 
 
@@ -62,14 +62,6 @@ class Bench:
         self._others.start()
         found = do()
         return found, self._others.cores()
-
-    def memory(self) -> Path:
-        """A folder that is no disk, where there is one."""
-        if not MEMORY.is_dir():
-            return self.folder
-        path = MEMORY / self.folder.name
-        path.mkdir(exist_ok=True)
-        return path
 
 
 @contextlib.contextmanager

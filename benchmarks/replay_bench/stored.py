@@ -103,7 +103,7 @@ def memory(bench: Bench) -> list[Row]:
         for name in ("files everysec", "redis everysec"):
             if name not in bench.settings:
                 continue
-            options = OPTIONS[name][0]
+            options = OPTIONS[name]
             system = TwinRL(
                 f"{name} {codec}", kept, bench.data(workload), bench.folder, codec, **options
             )

@@ -19,7 +19,6 @@ from buffer_service.testing import ServiceProcess
 from twinrl.core.sockets import free_port, wait_until
 
 Found = dict[str, dict[str, Any]]  # {"write": ..., "sample": ...}, see protocol.repeat
-MEMORY = Path("/dev/shm")
 
 
 class System(ABC):
