@@ -24,8 +24,8 @@ demo: setup  ## run the main job: twins, Redis, learner, weights and a simulated
 test: setup  ## run the test suite
 	@$(BIN)/python -m pytest $(ARGS)
 
-long: setup  ## longer checks: five seeds of the demo, resumable seed by seed
-	@$(BIN)/python -m experiments.demo_seeds $(ARGS)
+long: setup  ## longer checks in resumable parts: 100,000 fuzzed requests, kill -9 for minutes, five seeds of the demo
+	@VENV="$(VENV)" scripts/long.sh $(ARGS)
 
 lint: setup  ## formatting, lint and import rules; changes nothing
 	@$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/lint-imports
