@@ -205,6 +205,13 @@ class Honest:
         """Nothing has disturbed them so far."""
         assert self.failure is None, f"{self.failure!r} by or before {story}"
 
+    def end(self) -> None:
+        """Stop, whatever there is."""
+        self._stop.set()
+        with contextlib.suppress(TwinRLError):
+            self._writer.close(0.0)
+        self._reader.close()
+
     def close(self) -> None:
         """All that was written arrived, once and in order."""
         self._stop.set()
@@ -215,8 +222,7 @@ class Honest:
         self.written += 1
         self._threads[1].join(40)
         trouble = self._reader.stats()["reader/trouble"]
-        self._writer.close()
-        self._reader.close()
+        self.end()
         if self.failure is not None:
             raise self.failure
         assert not any(thread.is_alive() for thread in self._threads)
@@ -666,13 +672,28 @@ def service(tmp_path):
     service.process.stdout.close()
 
 
+@pytest.fixture
+def honest(service):
+    honest = Honest(service)
+    yield honest
+    honest.end()
+
+
+@pytest.fixture
+def peer(service):
+    peer = Peer(service)
+    yield peer
+    peer.close()  # ZeroMQ would wait for ever in whichever thread collects an open one
+
+
 @pytest.mark.parametrize("part", range(PARTS))
-def test_whatever_is_sent_is_answered_and_nothing_else_happens(service, part, tmp_path, request):
+def test_whatever_is_sent_is_answered_and_nothing_else_happens(
+    service, honest, peer, part, tmp_path, request
+):
     done = f"twinrl/fuzz/{SEED}/{part}/{CASES}"
     if LONG and request.config.cache.get(done, False):
         pytest.skip("passed before; run with --cache-clear to repeat it")
     print(f"seed {SEED}, part {part}")
-    honest, peer = Honest(service), Peer(service)
     forge = Forge(peer, SEED)
     sent: dict[int, str] = {}
     strays, memory = 0, 0  # answers that name no case: of requests whose number could not be read
@@ -716,7 +737,6 @@ def test_whatever_is_sent_is_answered_and_nothing_else_happens(service, part, tm
     assert peer.call("info")["sizes"], "the service still serves"
     growth = own_memory(service.process.pid) - memory
     assert "TWINRL_CASE" in os.environ or growth < GROWTH_BYTES, f"grew by {growth} bytes"
-    peer.close()
     honest.close()
     check_honest(service, honest.written, tmp_path)
     check_others(service)
@@ -751,10 +771,10 @@ GARBAGE = {
 }  # fmt: skip
 
 
-def test_bytes_that_are_no_messages(service):
+def test_bytes_that_are_no_messages(service, honest):
     """Raw TCP, half-open connections and half handshakes beside honest work."""
     host, port = service.address.removeprefix("tcp://").split(":")
-    honest, held = Honest(service), []
+    held = []
     memory = own_memory(service.process.pid)
     for data in list(GARBAGE.values()) * 20:
         raw = socket.create_connection((host, int(port)), timeout=10)
@@ -774,8 +794,7 @@ def test_bytes_that_are_no_messages(service):
     honest.close()
 
 
-def test_a_wrong_key_gets_nothing_and_disturbs_nobody(service):
-    honest = Honest(service)
+def test_a_wrong_key_gets_nothing_and_disturbs_nobody(service, honest):
     public, secret = (key.decode() for key in zmq.curve_keypair())
     keys = service.keys()
     context = zmq.Context()
