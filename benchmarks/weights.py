@@ -86,12 +86,23 @@ def copy_seconds(arrays: dict[str, np.ndarray], into: dict[str, np.ndarray]) -> 
 def quiet_rounds(wanted: int, patience: float, measure: Callable[[], Row]) -> list[Row]:
     """Rows of `measure()` until `wanted` of them are quiet, twice as many at most."""
     others, rows = Others(), []
-    while sum(row["others"] <= QUIET for row in rows) < wanted and len(rows) < 2 * wanted:
+    while sum(row["others"] <= QUIET for row in rows) < wanted:
+        if len(rows) >= wanted * (2 if patience > 0 else 1):
+            break
         patience = others.wait(max(patience, 0.0))
         others.start()
         row = measure()
         rows.append({**row, "others": others.cores()})
+        show(rows[-1])
     return rows
+
+
+def show(row: Row) -> None:
+    """Print a row."""
+    print(
+        "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()),
+        flush=True,
+    )
 
 
 class Member:
@@ -356,7 +367,10 @@ def _stall(what: str, network: Any, size: Size, updates: int, every: int = 1) ->
 def link(size: Size) -> list[Row]:
     """One Adam step over a slow link, and how large it is at other learning rates."""
     rows = _over_link(size, 3e-5, 3)
-    return rows + [_sizes(size, rate) for rate in RATES]
+    sizes = [_sizes(size, rate) for rate in RATES]
+    for row in sizes:
+        show(row)
+    return rows + sizes
 
 
 def _sizes(size: Size, rate: float) -> Row:
@@ -484,6 +498,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure, print a table, write the JSON file."""
     parser = argparse.ArgumentParser(prog="benchmarks.weights", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="smaller and within two minutes")
+    parser.add_argument("--patience", type=float, help="s to wait for quiet moments, each time")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--rows", default=",".join(GROUPS), help="groups, default: %(default)s")
     parser.add_argument("--json", metavar="FILE", help="rows of other groups in FILE stay")
@@ -495,9 +510,12 @@ def main(arguments: list[str] | None = None) -> None:
     report: dict[str, Any] = {"rows": [], "groups": {}}
     if options.json and Path(options.json).exists():
         report |= json.loads(Path(options.json).read_text())
+    size = TINY if options.tiny else QUICK if options.quick else Size()
+    if options.patience is not None:
+        size = size._replace(patience=options.patience)
     for name in names:
         load = os.getloadavg()[0]
-        rows = GROUPS[name](TINY if options.tiny else QUICK if options.quick else Size())
+        rows = GROUPS[name](size)
         for row in rows:
             print(
                 "  ".join(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -13,7 +14,8 @@ from twinrl.core.errors import WireError
 
 # Bytes with a digest of their own: large against a call's cost, and still in the cache when read again.
 BLOCK = 8 << 20
-PARALLEL = 8  # blocks from which a second thread pays
+PARALLEL = 8  # blocks from which more threads pay
+THREADS = min(4, os.cpu_count() or 1)
 
 
 class Weights(NamedTuple):
@@ -66,21 +68,24 @@ class WeightSink(Protocol):
 def checksum(arrays: Mapping[str, np.ndarray], forms: Mapping[str, str] | None = None) -> int:
     """XXH3-64 over each array's `label` and the XXH3-64 of each of its blocks as u64, in order of names.
 
-    `forms` stand for the dtypes where those say too little. Large sets take two threads.
+    `forms` stand for the dtypes where those say too little. Large sets take several threads.
     """
     blocks = {name: list(_blocks(arrays[name])) for name in sorted(arrays)}
-    flat = [block for each in blocks.values() for block in each]
-    if len(flat) >= PARALLEL:
-        with ThreadPoolExecutor(2) as pool:
-            digests = iter(list(pool.map(digest, flat)))
-    else:
-        digests = map(digest, flat)
-    parts: list[bytes] = []
+    digests = map_blocks(digest, [block for each in blocks.values() for block in each])
+    covered: list[bytes] = []
     for name, each in blocks.items():
         array = np.asarray(arrays[name])
-        parts.append(label(name, forms[name] if forms else array.dtype.str, array.shape))
-        parts.extend(packed(next(digests)) for _ in each)
-    return digest(*parts)
+        covered.append(label(name, forms[name] if forms else array.dtype.str, array.shape))
+        covered.extend(packed(next(digests)) for _ in each)
+    return digest(*covered)
+
+
+def map_blocks(work: Callable[[Any], int], blocks: Sequence[Any]) -> Iterator[int]:
+    """`work` of each block, in order; many blocks in several threads."""
+    if len(blocks) < PARALLEL:
+        return map(work, blocks)
+    with ThreadPoolExecutor(THREADS) as pool:
+        return iter(list(pool.map(work, blocks)))
 
 
 def label(name: str, form: str, shape: Iterable[int]) -> bytes:

@@ -32,7 +32,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ import psutil
 
 from twinrl.core.checksum import digest, digest_of
 from twinrl.core.errors import DeadlineError, TwinRLError, WireError
-from twinrl.weights import BLOCK, Weights, checksum, compare, label, packed
+from twinrl.weights import BLOCK, Weights, checksum, compare, label, map_blocks, packed
 
 MAGIC = b"TWINWGT1"
 HEAD = struct.Struct("<8sqQQ")
@@ -120,16 +120,16 @@ class Slot:
 
     def fill(self, arrays: Mapping[str, np.ndarray], table: list[Any]) -> int:
         """Copy `arrays` in; gives their checksum, computed from each piece while it is in the processor's cache."""
-        covered: list[bytes] = []
+        covered: list[bytes | None] = []  # None: the next block's digest
+        blocks = []
         for name, dtype, shape, offset in table:
-            covered.append(label(name, dtype, shape))
             source = np.ascontiguousarray(arrays[name]).reshape(-1).view(np.uint8)
             target = np.frombuffer(self.memory, np.uint8, source.size, offset)
-            for start in range(0, source.size, BLOCK):
-                stop = min(start + BLOCK, source.size)
-                pieces = (slice(i, min(i + PIECE, stop)) for i in range(start, stop, PIECE))
-                covered.append(packed(digest_of(_copied(target, source, pieces))))
-        return digest_of(covered)
+            starts = range(0, source.size, BLOCK)
+            blocks += [(target[i : i + BLOCK], source[i : i + BLOCK]) for i in starts]
+            covered += [label(name, dtype, shape), *[None] * len(starts)]
+        digests = map_blocks(_copy, blocks)
+        return digest_of(packed(next(digests)) if part is None else part for part in covered)
 
     def seal(self, version: int, checksum: int, table: bytes, path: Path) -> None:
         """Complete: from now on it is `version` for everybody."""
@@ -389,12 +389,17 @@ def _map_all(fd: int) -> mmap.mmap:
     return memory
 
 
-def _copied(
-    target: np.ndarray, source: np.ndarray, pieces: Iterable[slice]
-) -> Iterator[np.ndarray]:
-    for piece in pieces:
-        np.copyto(target[piece], source[piece])
-        yield target[piece]
+def _copy(block: tuple[np.ndarray, np.ndarray]) -> int:
+    """Copy a block; gives its digest."""
+    target, source = block
+
+    def pieces() -> Iterator[np.ndarray]:
+        for start in range(0, target.size, PIECE):
+            piece = target[start : start + PIECE]
+            np.copyto(piece, source[start : start + PIECE])
+            yield piece
+
+    return digest_of(pieces())
 
 
 def _lay_out(arrays: Mapping[str, np.ndarray]) -> tuple[list[Any], int]:
