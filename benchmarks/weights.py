@@ -21,6 +21,7 @@ import contextlib
 import json
 import os
 import shlex
+import signal
 import statistics
 import sys
 import tempfile
@@ -250,6 +251,17 @@ def _objects(arrays: Any, into: Any, actors: int, size: Size) -> list[Row]:
     return rows + quiet_rounds(size.rounds, size.patience, measure)
 
 
+@contextlib.contextmanager
+def publishing() -> Iterator[tuple[Path, Publisher]]:
+    """A run's folder and a publisher."""
+    with tempfile.TemporaryDirectory(prefix="weights-") as folder:
+        publisher = Publisher(slots_folder(folder))
+        try:
+            yield Path(folder), publisher
+        finally:
+            publisher.close(remove=True)
+
+
 class Network:
     """A plain regression that Adam trains: every parameter gets a gradient in every step."""
 
@@ -330,8 +342,7 @@ def stall(size: Size) -> list[Row]:
 
 def _stall(what: str, network: Any, size: Size, updates: int, every: int = 1) -> list[Row]:
     nbytes = sum(array.nbytes for array in network.arrays().values())
-    with tempfile.TemporaryDirectory(prefix="weights-") as folder:
-        publisher = Publisher(slots_folder(folder))
+    with publishing() as (_, publisher):
         version = -1
         for _ in range(WARM):
             version += 1
@@ -360,7 +371,6 @@ def _stall(what: str, network: Any, size: Size, updates: int, every: int = 1) ->
             }
 
         rows = quiet_rounds(3, size.patience, measure)
-        publisher.close(remove=True)
     return rows
 
 
@@ -413,12 +423,12 @@ def _over_link(size: Size, rate: float, rounds: int) -> list[Row]:
     network = Network(size.width, rate)
     for _ in range(size.steps):
         network.update(64)
-    with tempfile.TemporaryDirectory(prefix="weights-") as folder:
-        create_keys(Path(folder) / "keys")
-        publisher, port = Publisher(slots_folder(folder)), free_port()
+    with publishing() as (folder, publisher):
+        create_keys(folder / "keys")
+        port = free_port()
         gateway = Gateway(folder, f"tcp://127.0.0.1:{port}", "", "tcp://127.0.0.1:1", job).start()
         slow = SlowLink(port, MBIT_S)
-        key = Keys.load(Path(folder) / "keys/robot.key")
+        key = Keys.load(folder / "keys/robot.key")
         member = WeightClient(f"tcp://127.0.0.1:{slow.port}", key)
         version = -1
 
@@ -447,7 +457,6 @@ def _over_link(size: Size, rate: float, rounds: int) -> list[Row]:
         member.close()
         slow.cut()
         gateway.close()
-        publisher.close(remove=True)
     return rows
 
 
@@ -506,40 +515,38 @@ def main(arguments: list[str] | None = None) -> None:
     names = options.rows.split(",")
     if unknown := [name for name in names if name not in GROUPS]:
         parser.error(f"no rows {unknown[0]!r}; there are {', '.join(GROUPS)}")
-    given = sys.argv[1:] if arguments is None else arguments
-    report: dict[str, Any] = {"rows": [], "groups": {}}
-    if options.json and Path(options.json).exists():
-        report |= json.loads(Path(options.json).read_text())
     size = TINY if options.tiny else QUICK if options.quick else Size()
     if options.patience is not None:
         size = size._replace(patience=options.patience)
+    if arguments is None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # shared memory is given back
+    command = ["python", "-m", "benchmarks.weights"]
+    command += sys.argv[1:] if arguments is None else arguments
+    report: dict[str, Any] = {"machine": machine(), "command": shlex.join(command)}
+    report |= {"figures": {}, "groups": {}, "rows": []}
+    if options.json and Path(options.json).exists():
+        before = json.loads(Path(options.json).read_text())
+        report |= {"groups": before["groups"], "rows": before["rows"]}
     for name in names:
         load = os.getloadavg()[0]
         rows = GROUPS[name](size)
-        for row in rows:
-            print(
-                "  ".join(
-                    f"{k} {v:.4g}" if isinstance(v, float) else f"{v}" for k, v in row.items()
-                )
-            )
         report["rows"] = [row for row in report["rows"] if row["rows"] != name] + rows
         report["groups"][name] = {
-            "command": shlex.join(["python", "-m", "benchmarks.weights", *given]),
+            "command": report["command"],
+            "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "quiet_rows": sum(row.get("others", 9.0) <= QUIET for row in rows),
             "load_before": round(load, 2),
             "load_after": round(os.getloadavg()[0], 2),
         }
-    command = shlex.join(["python", "-m", "benchmarks.weights", *given])
-    found = figures(report["rows"])
-    report = {"machine": machine(), "command": command, "figures": found, **report}
-    report["figures"] = found
+        report["figures"] = figures(report["rows"])
+        if options.json:
+            Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
     print()
-    for key, value in found.items():
+    for key, value in report["figures"].items():
         sign, goal = GOALS.get(key, ("", 0.0))
         reached = value >= goal if sign == ">=" else value <= goal
         verdict = f"{sign} {goal:g}  {'reached' if reached else 'MISSED'}" if sign else ""
         print(f"{key:<30}{value:10.4g}  {verdict}")
-    if options.json:
-        Path(options.json).write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
