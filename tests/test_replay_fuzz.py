@@ -172,7 +172,7 @@ class Honest:
         self.service = service
         self.taken = self.written = 0
         self.failure: BaseException | None = None
-        self._stop = threading.Event()
+        self._stop, self._complete = threading.Event(), threading.Event()
         self._writer = Writer(service.address, service.keys(), "honest", schema=SCHEMA)
         self._reader = Reader(service.address, service.keys(), name="honest")
         self._threads = [
@@ -195,7 +195,7 @@ class Honest:
 
     def _read(self) -> None:
         cursor = Cursor(self._reader, "honest", source=None, task="honest")
-        while not (self._stop.is_set() and self.taken >= self.written):
+        while not (self._complete.is_set() and self.taken >= self.written):
             for each in cursor.take(timeout=30):
                 check_segment(each, self.taken)
                 self.taken += 1
@@ -208,6 +208,7 @@ class Honest:
     def end(self) -> None:
         """Stop, whatever there is."""
         self._stop.set()
+        self._complete.set()
         with contextlib.suppress(TwinRLError):
             self._writer.close(0.0)
         self._reader.close()
@@ -220,6 +221,7 @@ class Honest:
             self._writer.flush()
         self._writer.write(*honest_segment(self.written))  # lets the reader see the end
         self.written += 1
+        self._complete.set()
         self._threads[1].join(40)
         trouble = self._reader.stats()["reader/trouble"]
         self.end()
