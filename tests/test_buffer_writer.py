@@ -209,7 +209,7 @@ def test_what_is_deleted_stays_deleted(bench):
 
 
 def test_a_dead_writers_episode_is_closed_and_a_living_ones_is_not(bench):
-    service = bench.start(lease=1.5)
+    service = bench.start(lease=5.0)
     dead, living, reader = bench.writer("dead"), bench.writer("living"), bench.reader()
     for writer, name in ((dead, "a"), (living, "b")):
         writer.write(*segment(0, STEPS, episode=name))
@@ -223,7 +223,7 @@ def test_a_dead_writers_episode_is_closed_and_a_living_ones_is_not(bench):
     def entries(writer: str) -> list:
         return [entry for entry in reader.entries() if entry.writer == writer]
 
-    wait_until(lambda: len(entries("dead")) == 2 and entries("dead")[1].marked, 20, "the mark")
+    wait_until(lambda: len(entries("dead")) == 2 and entries("dead")[1].marked, 40, "the mark")
     first, second = entries("dead")
     assert (first.end, first.marked) == (OPEN, "") and (second.end, second.marked) == (CUT, LEASE)
     assert all(entry.end == OPEN for entry in entries("living"))
