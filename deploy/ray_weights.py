@@ -185,7 +185,10 @@ class RayWeightSource:
         if not ray.wait([self._asked], timeout=0)[0]:
             return None
         asked, self._asked = self._asked, None
-        answer = ray.get(asked)
+        try:
+            answer = ray.get(asked)
+        except ray.exceptions.RayActorError:  # the store died with our question; it will be back
+            return None
         if not answer or answer[0] <= newer_than:
             return None
         with contextlib.suppress(ray.exceptions.RayTaskError):  # gone: there are newer ones by now

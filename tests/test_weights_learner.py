@@ -139,7 +139,7 @@ def test_a_runner_names_the_version_it_refuses():
     assert runner.version == 3
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(600)
 def test_the_benchmark_runs(tmp_path, capsys):
     from benchmarks import weights as benchmark
 
