@@ -92,7 +92,7 @@ def measure(names: list[str], settings: dict[str, Any], report: dict[str, Any], 
         bench = Bench(folder, **settings)
         load, start = os.getloadavg()[0], time.monotonic()
         try:
-            rows = GROUPS[name](bench)
+            rows = [rounded(row) for row in GROUPS[name](bench)]
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         report["rows"] = [row for row in report["rows"] if row["rows"] != name] + rows
@@ -106,6 +106,11 @@ def measure(names: list[str], settings: dict[str, Any], report: dict[str, Any], 
         if file:
             Path(file).write_text(json.dumps(report, indent=1, sort_keys=False) + "\n")
         show(report, name)
+
+
+def rounded(row: Row) -> Row:
+    """Five digits of every number: more would be noise."""
+    return {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row.items()}
 
 
 def show(report: dict[str, Any], name: str) -> None:

@@ -31,7 +31,7 @@ NAMES = {
 WEIGHTS = (  # key, what it is, goal
     (
         "weights_vs_memcpy",
-        "500 MB of weights into the first of 1, 4, 16 same-host actors, against memcpy",
+        "500 MB of weights into the first of 1, 4, 16 same-host actors, against memcpy (the least of them)",
         ">= 0.5",
     ),
     ("publish_stall", "learner's time lost to publishing, of an update's time", "<= 0.02"),
@@ -42,7 +42,29 @@ WEIGHTS = (  # key, what it is, goal
     ),
 )
 # Why a goal is missed, for the keys whose figure misses it.
-REASONS: dict[str, str] = {}
+REASONS: dict[str, str] = {
+    "insert_memory_vs_reverb": (
+        "On two cores the writer, the service and the reader compete, and the reader takes more than its part: it draws "
+        "9 times what Reverb's draws meanwhile. What an insert costs does not depend on the syncing, so `never` is no "
+        "faster than `everysec`: 1.4 core seconds a GB, of which the writer has 0.9 (0.6 of them the kernel's, copying "
+        "into the page cache; the rest checksum and Python) and the service 0.4 (it reads every byte once to compare the "
+        "checksum, and maps the pages). A plain copy costs 0.12."
+    ),
+    "batch_tcp_vs_zmq": (
+        "The service encrypts and authenticates every byte (CURVE); bare ZeroMQ with the same encryption reaches only a "
+        "quarter of what it reaches without. Against that see `batch_tcp_vs_zmq_curve`: what is missing there is the "
+        "service's gathering of the rows and its check of the request, which one thread does between two transfers. A "
+        "reader whose cache holds all of the replay fetches each segment once and then draws at memory speed "
+        "(`over tcp, cached`)."
+    ),
+    "p99_vs_p50_4": (
+        "Most of it is the scheduler's: four readers, the writers, the service and Redis share two cores, and who has used "
+        "his slice waits for everybody else's. Four processes that do nothing but copy 50 MB in the readers' place miss the "
+        "goal as well (`p99_vs_p50_4_copies`). A batch takes longer than such a copy, so more of these waits fall into it; "
+        "what else is in the difference was not looked into."
+    ),
+    "p99_vs_p50_64": "As above; see `p99_vs_p50_64_copies`.",
+}
 HEAD = """# Benchmarks
 
 Written by `scripts/benchmark_docs.py` from `benchmarks/results/`: measure again, then run
@@ -68,8 +90,8 @@ TwinRL stores an action per control step, so W's 4x7 actions are a window of fou
 observation lies four steps on. Small transitions have 256 bytes and no images.
 
 **Taking turns.** All systems of a group are started and filled to their capacity (5,000 transitions), so that each insert
-also removes. Then they take turns of 2.5 s, five rounds of them (with many systems in another order each round); the others are idle
-meanwhile. A ratio is taken within a round; the table has the median of the rounds, and the lowest and highest in
+also removes. Then they take turns of 2.5 s, five rounds of them (with many systems in another
+order each round); the others are idle meanwhile. A ratio is taken within a round; the table has the median of the rounds, and the lowest and highest in
 brackets. Rates are counted in transitions, and a writer's clock stops when its last segment is acknowledged.
 
 **Quiet moments.** A phase waits for a moment in which other programs use less than 0.15 cores, though not for ever, and its
@@ -80,11 +102,11 @@ than 0.3 cores count only where fewer than three are quieter.
 | --- | --- |
 | `at_once` | W, a writer and a reader at the same time |
 | `small` | the same with small transitions |
-| `disk` | the writer alone; against a process that appends the same segments to files of the same size with `writev`, removes the oldest, and syncs with `fdatasync` once a second from a thread (or after each segment) |
+| `disk` | the writer alone; against a process that appends the same segments to files of the same size with `writev`, removes the oldest, and syncs with `fdatasync` once a second from a thread (or after each segment), in reserved space as ours |
 | `batch` | the reader alone; against numpy's copy of the same 50 MB from a store-sized array into the same target |
 | `tcp` | a reader that cannot open the service's folder and keeps no cache, so every row comes through the socket; against a bare ZeroMQ REQ/REP pair, 50 MB in four parts, nothing copied, without and with CURVE. The service always encrypts |
 | `memory` | 2 GiB of images stored. Memory: each process's share (`Pss`) of service and Redis, without mapped segment files, plus what `mincore` finds in the page cache of every file of the run. Disk: blocks of those files. Then service and Redis are killed with SIGKILL and started again; the clock stops when a new reader has its first batch |
-| `scale` | 1, 4 and 64 writer processes, each as fast as it may, with 4 readers; batch times are those of all readers and rounds |
+| `scale` | 1, 4 and 64 writer processes, each as fast as it may, with 4 readers; batch times are those of all readers; at other times four processes that only copy 50 MB in pieces of a frame take the readers' place |
 | `wait` | a learner that computes for 150 ms on each batch (one thread) while 400 transitions a second come in |
 
 **What each keeps.** An acknowledged segment of TwinRL's survives the death of every process, and of the machine but for the
@@ -130,7 +152,12 @@ def missed() -> list[str]:
 
 def _load(name: str) -> dict[str, Any]:
     path = RESULTS / f"{name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    crowds = [f"weights_vs_memcpy_{count}" for count in (1, 4, 16)]
+    found = report.get("figures", {})
+    if all(key in found for key in crowds):  # the goal holds for each of them
+        found.setdefault("weights_vs_memcpy", min(found[key] for key in crowds))
+    return report
 
 
 def _reached(value: float, goal: str) -> bool:
@@ -150,8 +177,9 @@ def _environment(report: dict[str, Any]) -> list[str]:
     text += f"Python {machine['python']}."
     groups = report.get("groups", {})
     if groups:
-        text += f" Measured on {min(g['at'] for g in groups.values())[:10]},"
-        text += f" {sum(g['took_s'] for g in groups.values()) / 60:.0f} minutes."
+        text += f" Measured on {min(g['at'] for g in groups.values())[:10]}"
+        seconds = sum(g.get("took_s", 0.0) for g in groups.values())
+        text += f", {seconds / 60:.0f} minutes." if seconds else "."
         others = sorted(row["others"] for row in report["rows"] if "others" in row)
         quiet = sum(each <= CALM for each in others) / len(others)
         text += f" Other programs used {others[len(others) // 2]:.2f} cores in the middle phase"

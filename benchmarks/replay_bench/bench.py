@@ -42,7 +42,7 @@ class Bench:
     settle: float = 1.5  # s until what was written last is synced
     crowds: tuple[int, ...] = (1, 4, 64)  # writers at the same time
     update: float = 0.15  # s that the learner works on a batch
-    patience: float = 60.0  # s that a group may wait for quiet moments
+    patience: float = 30.0  # s that a group may wait for quiet moments
     peers: list[type] = field(default_factory=available)
     _others: Others = field(default_factory=Others)
     _data: dict[Workload, Path] = field(default_factory=dict)

@@ -1,4 +1,7 @@
-"""Rows of many writers and four readers on the same host: throughput, and how even the batches come."""
+"""Rows of many writers and four readers on the same host: throughput, and how even the batches come.
+
+Beside the readers, at other times, four processes that only copy as many bytes: so uneven is the machine itself.
+"""
 
 from __future__ import annotations
 
@@ -22,18 +25,23 @@ def scale(bench: Bench) -> list[Row]:
         try:
             readers = [system.worker("reader", f"reader{n}") for n in range(READERS)]
             crowds = {n: system.worker("crowd", f"crowd{n}", count=n) for n in bench.crowds}
-            workers += [*readers, *crowds.values()]
+            bytes = workload.batch * workload.sampled_bytes
+            copiers = [system.worker("copier", f"copier{n}", bytes=bytes) for n in range(READERS)]
+            workers += [*readers, *copiers, *crowds.values()]
             for reader in readers:
                 reader.ask("sample", 120, seconds=0.2)
             for crowd in crowds.values():
                 crowd.ask("write", 180, seconds=0.1)
             for number in range(bench.rounds):
                 for count, crowd in crowds.items():
-                    found, others = bench.phase(
-                        lambda c=crowd: _both(c, readers, 2 * bench.seconds)
-                    )
-                    row = {"rows": "scale", "system": f"{count} writers", "round": number}
-                    rows.append({**row, "others": others, **_summary(*found, workload)})
+                    for name, group in (("writers", readers), ("writers, copies", copiers)):
+                        if group is copiers and count == 1:
+                            continue
+                        found, others = bench.phase(
+                            lambda c=crowd, g=group: _both(c, g, 1.5 * bench.seconds)
+                        )
+                        row = {"rows": "scale", "system": f"{count} {name}", "round": number}
+                        rows.append({**row, "others": others, **_summary(*found, workload)})
         finally:
             for worker in workers:
                 worker.close()

@@ -68,16 +68,16 @@ def against_peak(count: int) -> Callable[[list[Row]], Values]:
     """What so many writers insert in all, against the best number of writers."""
 
     def values(rows: list[Row]) -> Values:
-        systems = {row["system"] for row in rows}
+        systems = {row["system"] for row in rows if row["system"].endswith("writers")}
         peak = max((median(plain(system, "write_per_s")(rows)) for system in systems), default=0)
         return [each / peak for each in plain(f"{count} writers", "write_per_s")(rows)]
 
     return values
 
 
-def tail(count: int) -> Callable[[list[Row]], Values]:
+def tail(count: int, who: str = "writers") -> Callable[[list[Row]], Values]:
     """The slowest batch in a hundred against the middle one."""
-    return ratio(f"{count} writers", f"{count} writers", "p99_ms", "p50_ms")
+    return ratio(f"{count} {who}", f"{count} {who}", "p99_ms", "p50_ms")
 
 
 def larger(system: str) -> Callable[[list[Row]], Values]:
@@ -199,6 +199,20 @@ FIGURES = (
     Figure("p99_vs_p50_4", "scale", "p99 of batch times against p50, 4 writers", "<= 3", tail(4)),
     Figure(
         "p99_vs_p50_64", "scale", "p99 of batch times against p50, 64 writers", "<= 5", tail(64)
+    ),
+    Figure(
+        "p99_vs_p50_4_copies",
+        "scale",
+        "the same of plain copies in place of the 4 readers, 4 writers",
+        "",
+        tail(4, "writers, copies"),
+    ),
+    Figure(
+        "p99_vs_p50_64_copies",
+        "scale",
+        "the same of plain copies, 64 writers",
+        "",
+        tail(64, "writers, copies"),
     ),
     Figure(
         "rebuild_mb_s",

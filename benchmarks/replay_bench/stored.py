@@ -72,6 +72,7 @@ def write_bare(
         if place >= limit:
             files.append(folder / f"{count}")
             fresh = os.open(files[-1], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.posix_fallocate(fresh, 0, limit)
             with swapping:
                 if count:
                     full.put(descriptor)

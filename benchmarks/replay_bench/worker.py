@@ -198,6 +198,18 @@ def _socket(kind: int) -> zmq.Socket:
     return socket
 
 
+def copier(bytes: int, batch: int, **_: Any) -> None:
+    """What a reader cannot beat: copies a batch's bytes from one array to another, in pieces of a frame."""
+    source, target, piece = np.ones(bytes, np.uint8), np.zeros(bytes, np.uint8), 49_152
+
+    def copy() -> int:
+        for start in range(0, bytes, piece):
+            target[start : start + piece] = source[start : start + piece]
+        return batch
+
+    serve(sample=lambda seconds: repeat(copy, seconds))
+
+
 def learner(**settings: Any) -> None:
     """Draws a batch, works on it, draws the next; says how long it waited for data."""
     import torch
@@ -249,5 +261,5 @@ def learner(**settings: Any) -> None:
 
 
 if __name__ == "__main__":
-    ROLES = (writer, reader, crowd, learner, sender, receiver)
+    ROLES = (writer, reader, copier, crowd, learner, sender, receiver)
     {role.__name__: role for role in ROLES}[sys.argv[1]](**json.loads(sys.argv[2]))
