@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import twinrl.weights
+import twinrl.weights_publisher
 import twinrl.weights_slots
 from twinrl.core.errors import DeadlineError, TwinRLError, WireError
 from twinrl.weights import Weights, checksum, make_weights
@@ -48,7 +49,9 @@ def reader(publisher, tmp_path):
     return SlotReader(tmp_path / "slots")
 
 
-def test_a_set_comes_back_as_it_was(publisher, reader):
+@pytest.mark.parametrize("large", [0, 1 << 40])
+def test_a_set_comes_back_as_it_was(publisher, reader, monkeypatch, large):
+    monkeypatch.setattr(twinrl.weights_publisher, "LARGE", large)
     arrays = numbered(0)
     assert reader.poll(-1) is None
     publisher.publish(0, arrays)
@@ -154,11 +157,13 @@ def test_a_stopped_process_keeps_what_it_reads_and_a_dead_one_does_not(publisher
     assert held in used  # its lock went with it
 
 
-def test_training_goes_on_while_a_version_is_sent(tmp_path, monkeypatch):
+@pytest.mark.parametrize("large", [0, 1 << 40])
+def test_training_goes_on_while_a_version_is_sent(tmp_path, monkeypatch, large):
     """The arrays change as soon as `publish` returns: no version ever has a value of another."""
     for module in (twinrl.weights, twinrl.weights_slots):
         monkeypatch.setattr(module, "BLOCK", 1 << 14)
     monkeypatch.setattr(twinrl.weights_slots, "PIECE", 1 << 12)
+    monkeypatch.setattr(twinrl.weights_publisher, "LARGE", large)
     publisher, folder = Publisher(tmp_path / "slots"), tmp_path / "slots"
     seen, stop = [], threading.Event()
 

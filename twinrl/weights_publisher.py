@@ -15,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from twinrl.core.errors import DeadlineError, TwinRLError
+from twinrl.weights import checksum as checksum_of
 from twinrl.weights_slots import SlotWriter
 
 KEEP = 3  # newest versions that stay, for actors that are just loading them
 ON_THE_WAY = 2  # versions copied but not announced; another publish waits
+LARGE = 256 << 20  # bytes from which the checksum is computed with the copy
 PATIENCE = 60.0  # s that it waits
 
 Announce = Callable[[int, int, dict[str, np.ndarray]], Collection[int]]
@@ -61,7 +63,9 @@ class Publisher:
         slot = None
         try:
             slot, table = self._writer.take(arrays)
-            checksum = slot.fill(arrays, table)
+            # In one pass a large set is with its readers sooner; a small one is there soon in any case, and the
+            # thread computes its checksum: a copy alone holds the learner up least.
+            checksum = slot.fill(arrays, table) if slot.size >= LARGE else slot.copy(arrays, table)
         except BaseException:
             if slot is not None:
                 self._writer.give_back(slot)
@@ -94,6 +98,8 @@ class Publisher:
         while (job := self._jobs.get()) is not None:
             version, slot, table, checksum = job
             try:
+                if checksum is None:
+                    checksum = checksum_of(slot.views(table))
                 self._writer.seal(slot, version, checksum, table)
                 stay = self._announce(version, checksum, slot.views(table))
                 self._writer.retain(stay)
