@@ -19,9 +19,10 @@ from typing import Any
 
 from buffer_service import record
 from buffer_service.entry import Entry
+from buffer_service.file_store import LEAST_CAPACITY, FileStore
 from buffer_service.files import FILE_BYTES, Found
 from buffer_service.redis_address import Redis, RedisError, explain, information
-from buffer_service.store import LEAST_CAPACITY, FileStore, Recovery
+from buffer_service.store import Recovery
 from twinrl.core.errors import ConfigError, TwinRLError, WireError
 from twinrl.core.segment import Schema, Segment
 

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from buffer_service.embedded_redis import EmbeddedRedis
+from buffer_service.file_store import FileStore
 from buffer_service.limiter import RateLimiter
 from buffer_service.redis_address import Redis, connect, prefix
 from buffer_service.redis_lease import LeaseLost, RedisLease
 from buffer_service.redis_store import CACHE_BYTES, RedisStore
 from buffer_service.replay import LEASE_SECONDS, Service
 from buffer_service.shard_list import ShardList
-from buffer_service.store import FLUSH_POLICIES, REMOVERS, FileStore, Recovery
+from buffer_service.store import FLUSH_POLICIES, REMOVERS, Recovery
 from twinrl.core.errors import TwinRLError
 from twinrl.core.keys import Keys, create_keys
 from twinrl.core.metrics import Reporter

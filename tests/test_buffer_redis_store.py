@@ -9,8 +9,8 @@ import pytest
 
 from buffer_service import record
 from buffer_service.embedded_redis import EmbeddedRedis
+from buffer_service.file_store import FileStore
 from buffer_service.redis_store import RedisStore
-from buffer_service.store import FileStore
 from buffer_service.testing import SCHEMA, Bench, ServiceProcess, segment
 from twinrl.core.errors import ConfigError, ResumeError, TwinRLError
 from twinrl.core.segment import Segment

@@ -9,9 +9,9 @@ import pytest
 
 from buffer_service.client import Cursor, Writer
 from buffer_service.embedded_redis import EmbeddedRedis
+from buffer_service.file_store import FileStore
 from buffer_service.files import path_of
 from buffer_service.redis_address import connect
-from buffer_service.store import FileStore
 from buffer_service.testing import SCHEMA, ServiceProcess, runs, segment
 from twinrl.core.errors import ConfigError, DeadlineError, Rejected, ResumeError, TwinRLError
 from twinrl.core.keys import Keys, create_keys
