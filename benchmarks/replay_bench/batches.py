@@ -5,7 +5,7 @@ from __future__ import annotations
 from benchmarks.replay_bench.at_once import ours
 from benchmarks.replay_bench.bench import Bench, Copying, Row, rates, running
 from benchmarks.replay_bench.processes import Worker
-from benchmarks.replay_bench.systems import Reverb, System, TwinRL
+from benchmarks.replay_bench.systems import System, TwinRL
 from twinrl.core.sockets import free_port
 
 CACHED = 2 << 30  # the reader's default
@@ -16,8 +16,6 @@ def batch(bench: Bench) -> list[Row]:
     """Batches of a reader on the service's host, nobody writing."""
     workload = bench.workload
     systems: list[System] = [*ours(bench, workload, ["files everysec", "redis everysec"])]
-    if Reverb in bench.peers:
-        systems.append(Reverb("reverb", workload, bench.data(workload), bench.folder))
     copying = Copying(workload)
     rows = []
     with running(systems):
