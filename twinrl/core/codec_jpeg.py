@@ -17,7 +17,7 @@ class Jpeg(Codec):
     """Rows (H, W, 3) uint8, colours at full resolution."""
 
     lossless = False
-    library = "simplejpeg"
+    package = "simplejpeg"
 
     def __init__(self, quality: int) -> None:
         self.quality = quality

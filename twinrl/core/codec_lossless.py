@@ -30,7 +30,7 @@ _BLOCK = 256 << 10  # bytes that filters are undone on at once: they stay in the
 class Lz4(Codec):
     """LZ4 blocks."""
 
-    library = "lz4.block"
+    package = "lz4.block"
     distribution = "lz4"
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Lz4(Codec):
 class Zstd(Codec):
     """Zstandard frames that hold their size."""
 
-    library = "zstandard"
+    package = "zstandard"
 
     def __init__(self) -> None:
         self._local = threading.local()  # its contexts serve one thread at a time
@@ -72,15 +72,15 @@ class Zstd(Codec):
         """uint8 (size,), read-only."""
         local = self._local
         if not hasattr(local, "decompressor"):
-            local.library = self.load()
-            local.decompressor = local.library.ZstdDecompressor()
+            local.loaded = self.load()
+            local.decompressor = local.loaded.ZstdDecompressor()
         try:
             # It believes the frame's own size when it asks for memory: that must be ours first.
-            stated = local.library.frame_content_size(data)
+            stated = local.loaded.frame_content_size(data)
             if stated != size:
                 raise WireError(f"a row states {stated} bytes, should be {size}")
             found = local.decompressor.decompress(data, allow_extra_data=False)
-        except local.library.ZstdError as error:
+        except local.loaded.ZstdError as error:
             raise WireError(f"a row is no Zstandard frame: {error}") from None
         return _sized(found, size)
 
@@ -96,7 +96,7 @@ class Lossless(Codec):
 
     def __init__(self, compressor: Any, filter: str = "none") -> None:
         self._compressor, self._filter = compressor, filter
-        self.library, self.distribution = compressor.library, compressor.distribution
+        self.package, self.distribution = compressor.package, compressor.distribution
 
     def encode(self, array: np.ndarray) -> bytes:
         """The table of rows and the rows."""

@@ -19,19 +19,19 @@ class Codec:
     """How the rows of an array, which lie along its first axis, become bytes and come back."""
 
     lossless = True
-    library = (
+    package = (
         ""  # the module that it needs, and the distribution's name where pip knows it by another
     )
     distribution = ""
 
     def load(self) -> Any:
         """The library; ConfigError if it is not installed."""
-        if not self.library:
+        if not self.package:
             return None
         try:
-            return importlib.import_module(self.library)
+            return importlib.import_module(self.package)
         except ImportError:
-            name = self.distribution or self.library
+            name = self.distribution or self.package
             raise ConfigError(
                 f"this codec needs {name}: pip install {name}, or choose codec raw"
             ) from None
