@@ -388,14 +388,3 @@ def _frames(
         rows = coded[id].columns[field.name].rows([row for *_, row in group])
         for (target, place, _), row in zip(group, rows, strict=True):
             target[place] = row
-
-
-def decoded(segment: Segment) -> Segment:
-    """The segment with every encoded column as an array."""
-    if not any(isinstance(column, Encoded) for column in segment.columns.values()):
-        return segment
-    columns = {
-        name: column.decode() if isinstance(column, Encoded) else column
-        for name, column in segment.columns.items()
-    }
-    return Segment(segment.header, columns)

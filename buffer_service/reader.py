@@ -189,14 +189,7 @@ class Reader:
         newest: int | None = None,
     ) -> Iterator[Segment]:
         """Decoded segments in order of insertion, of what is indexed now; the `newest` so many only."""
-        entries = self.entries(source, task, region)
-        if newest is not None:
-            entries = entries[max(len(entries) - newest, 0) :]
-        size = 1 if self.mapped else 16
-        for place in range(0, len(entries), size):
-            for segment in self.load(entries[place : place + size]):
-                if segment is not None:
-                    yield segment
+        yield from load_each(self, self.entries(source, task, region), newest)
 
     def trajectories(
         self,
@@ -421,3 +414,17 @@ class Reader:
             if not self._changed.wait_for(lambda: self._stop or condition(), deadline):
                 trouble = f" ({self.trouble})" if self.trouble else ""
                 raise DeadlineError(f"{self.name} waited {deadline:g} s for {what()}{trouble}")
+
+
+def load_each(reader: Any, entries: list[Entry], newest: int | None) -> Iterator[Segment]:
+    """The segments of `entries` (of the `newest` so many) that are still there, a few loaded at a time.
+
+    `reader`: a Reader or several as one.
+    """
+    if newest is not None:
+        entries = entries[max(len(entries) - newest, 0) :]
+    size = 1 if reader.mapped else 16
+    for place in range(0, len(entries), size):
+        for segment in reader.load(entries[place : place + size]):
+            if segment is not None:
+                yield segment

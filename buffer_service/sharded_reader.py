@@ -16,7 +16,7 @@ import numpy as np
 
 from buffer_service.entry import Entry
 from buffer_service.gather import Batch, allocate, fields_of
-from buffer_service.reader import Reader
+from buffer_service.reader import Reader, load_each
 from buffer_service.sampler import Draw, draws
 from buffer_service.sharded_cursor import ShardedCursor
 from buffer_service.sharded_draw import Offer, Share, divide, join, offer, slices
@@ -212,14 +212,7 @@ class ShardedReader:
         newest: int | None = None,
     ) -> Iterator[Segment]:
         """Decoded segments in order of insertion, of what is indexed now; the `newest` so many only."""
-        entries = self.entries(source, task, region)
-        if newest is not None:
-            entries = entries[max(len(entries) - newest, 0) :]
-        size = 1 if self.mapped else 16
-        for place in range(0, len(entries), size):
-            for segment in self.load(entries[place : place + size]):
-                if segment is not None:
-                    yield segment
+        yield from load_each(self, self.entries(source, task, region), newest)
 
     def trajectories(
         self,

@@ -13,7 +13,7 @@ import numpy as np
 from buffer_service import record
 from buffer_service.entry import CUT, Entry
 from buffer_service.files import MappedFiles
-from buffer_service.gather import belongs, decoded
+from buffer_service.gather import belongs
 from buffer_service.index import Chosen, Index
 from twinrl.core import wire
 from twinrl.core.codec import Encoded
@@ -64,7 +64,7 @@ class Shelf:
         with self._changed:
             self.shrink()
         return [
-            _closed(decoded(found[entry.id]), entry) if entry.id in found else None
+            _closed(found[entry.id].decoded(), entry) if entry.id in found else None
             for entry in entries
         ]
 
