@@ -43,6 +43,7 @@ setup(
         "ray>=2.40",
         "torch>=2.4",
         "gymnasium>=1.1",
+        "array-api-compat>=1.9",
         "mujoco>=4.0,<5",
         "mujoco-warp>=4.0,<5",
         "warp-lang>=1.18",

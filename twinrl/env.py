@@ -46,11 +46,28 @@ class ChunkStep(NamedTuple):
     truncated: np.ndarray  # (N, C) bool, the time limit ended it; never both in one step
     success: np.ndarray  # (N, C) bool
     mask: np.ndarray  # (N, C) bool, the step was executed
+    invalid: np.ndarray | None = (
+        None  # (N,) bool, the simulation failed and the episode's unsent part is void; None: nowhere
+    )
 
     @property
     def done(self) -> np.ndarray:
-        """(N,) bool: the episode ended within this chunk."""
-        return (self.terminated | self.truncated).any(axis=1)
+        """(N,) bool: the episode ended within this chunk, or its simulation failed."""
+        ended = (self.terminated | self.truncated).any(axis=1)
+        return ended if self.invalid is None else ended | self.invalid
+
+
+class EnvSpec(NamedTuple):
+    """What can be known of an environment before it exists: a job's schema and policy follow from it."""
+
+    state_names: tuple[str, ...]  # a name for each number of observation.state
+    privileged_names: tuple[str, ...]  # of privileged.state; empty where nothing privileged is known
+    cameras: tuple[str, ...]
+    image_size: int  # height = width, pixels
+    instruction: str
+    max_steps: int  # control steps until truncation
+    control_hz: float
+    expert: bool  # it has a scripted expert
 
 
 class Env(Protocol):
