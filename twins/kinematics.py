@@ -39,6 +39,13 @@ HOME = np.array(
 )  # tcp at (0.45, 0, 0.24), hand down
 DOWN = np.diag([1.0, -1.0, -1.0])  # the hand's orientation at yaw 0: fingers open along y
 
+# How far one control step moves the commanded pose, and how far that may lead the measured one.
+MAX_SHIFT, MAX_TURN = 0.03, 0.2  # m and rad
+REACH, REACH_TURN = 0.15, 0.8  # m and rad
+BOX = np.array([(0.25, -0.42, 0.012), (0.78, 0.42, 0.5)])  # m, where the commanded tcp may go
+# Of the inverse kinematics, see `solve`.
+ITERATIONS, DAMPING, POSTURE, MAX_STEP = 3, 0.02, 0.05, 0.4
+
 _OFFSETS = np.array([(a, -np.sin(alpha) * d, np.cos(alpha) * d) for a, alpha, d in DH])
 _TILTS = np.array([rotation.exp(np.array([alpha, 0.0, 0.0])) for _, alpha, _ in DH])
 _HAND = rotation.about_z(HAND_YAW)
@@ -80,10 +87,10 @@ def solve(
     position: np.ndarray,
     turn: np.ndarray,
     *,
-    iterations: int = 3,
-    damping: float = 0.02,
-    posture: float = 0.05,
-    max_step: float = 0.4,
+    iterations: int = ITERATIONS,
+    damping: float = DAMPING,
+    posture: float = POSTURE,
+    max_step: float = MAX_STEP,
 ) -> np.ndarray:
     """Joint angles (N, 7) whose tcp comes close to `position` (N, 3) and `turn` (N, 3, 3).
 

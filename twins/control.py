@@ -1,0 +1,240 @@
+"""The control law: from actions to joint targets, one launch for all environments, on the CPU or on CUDA.
+
+An action moves the commanded tool pose, which may lead the measured one by so much; differential inverse
+kinematics (`kinematics.solve` is the same in NumPy) turns the pose, as late as the latency says, into joint targets.
+Nothing here waits for a device or looks at values on the host, so every launch can be part of a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import warp as wp
+
+from twins import kernels, kinematics
+from twins.kernels import PENDING, Seven, Six, State
+
+
+class Controller:
+    """Commanded poses of N environments, and the way from actions to joint targets.
+
+    Environments take part by `ids` (n,), with NumPy arrays in their order, or all at once with a mask and arrays
+    of the device (warp's or torch's): these launches wait for nothing. `target` (N,) vec3, `turn` (N,) mat33,
+    `joints` (N,) 7 and `actions` (N, 2) 7, the newest first, are warp arrays of the device; on the CPU `.numpy()`
+    of them is a view.
+    """
+
+    def __init__(
+        self, count: int, *, device: str = "cpu", box: np.ndarray = kinematics.BOX
+    ) -> None:
+        """`box` (2, 3) in m is where the commanded tcp may go: its low and high corners."""
+        self.count, self.device = count, wp.get_device(device)
+        self._box = wp.vec3(*box[0]), wp.vec3(*box[1])
+
+        def zeros(dtype: Any, *shape: int) -> wp.array:
+            return wp.zeros((count, *shape), dtype=dtype, device=self.device)
+
+        self.target, self.turn = zeros(wp.vec3), zeros(wp.mat33)
+        self.joints, self.actions = zeros(Seven), zeros(Seven, 2)
+        self.latency = zeros(wp.int32)
+        self._pending = (
+            zeros(wp.vec3, PENDING),
+            zeros(wp.mat33, PENDING),
+            zeros(wp.float32, PENDING),
+        )
+        self._state = (self.latency, self.joints, self.target, self.turn, *self._pending)
+        # What launches read and write, a row for each environment that takes part.
+        self._ids = wp.array(np.arange(count), dtype=wp.int32, device=self.device)
+        self._everyone = wp.array(np.ones(count), dtype=wp.bool, device=self.device)
+        self._still = zeros(Six)
+        self.executed, self.goal, self.opening = zeros(Seven), zeros(Seven), zeros(wp.float32)
+        self.state = zeros(State)
+        self._host = _Host(self) if self.device.is_cpu else None
+
+    # -- all at once, on the device ----------------------------------------------------------------------------
+
+    def begin_all(self, joints: Any, latency: Any, active: Any) -> None:
+        """Start episodes where `active` (N,) bool: measured joints (N, 7) float32, latency (N,) int32."""
+        start, late = _array(joints, Seven), _array(latency, wp.int32)
+        mask = _array(active, wp.bool)
+        self._launch(kernels.begin, [self._ids, mask, start, late, *self._state, self.actions])
+
+    def command_all(
+        self, actions: Any, measured: Any, active: Any, disturbance: Any | None = None
+    ) -> tuple[wp.array, wp.array, wp.array]:
+        """One control step where `active` (N,) bool, of `actions` (N, 7), measured joints (N, 7) and an unseen
+        `disturbance` (N, 6), all float32: executed actions (N,) 7, joint targets (N,) 7 and openings (N,).
+
+        Where not active nothing is written: rows keep what the last step gave.
+        """
+        unseen = self._still if disturbance is None else _array(disturbance, Six)
+        wanted, joints, mask = (
+            _array(actions, Seven),
+            _array(measured, Seven),
+            _array(active, wp.bool),
+        )
+        found = self.executed, self.goal, self.opening
+        given = self._ids, mask, wanted, joints, unseen, *self._box
+        self._launch(kernels.command, [*given, *self._state, self.actions, *found])
+        return found
+
+    def observe_all(
+        self, tcp: Any, turn: Any, width: Any, active: Any, disturbance: Any | None = None
+    ) -> wp.array:
+        """`observation.state` (N,) of measured tool poses (N, 3), (N, 3, 3) and widths (N,), where `active`."""
+        unseen = self._still if disturbance is None else _array(disturbance, Six)
+        seen = _array(tcp, wp.vec3), _array(turn, wp.mat33), _array(width, wp.float32)
+        given = self._ids, _array(active, wp.bool), *seen, unseen
+        self._launch(kernels.observe, [*given, self.target, self.turn, self.actions, self.state])
+        return self.state
+
+    def _launch(self, kernel: wp.Kernel, inputs: list[Any]) -> None:
+        wp.launch(kernel, self.count, inputs=inputs, device=self.device)
+
+    # -- some of them, in NumPy --------------------------------------------------------------------------------
+
+    def begin(self, ids: np.ndarray, joints: np.ndarray, latency: np.ndarray) -> None:
+        """Start episodes of `ids` (n,) at measured joints (n, 7) rad; `latency` (n,) in control steps."""
+        self._here().begin(ids, joints, latency)
+
+    def command(
+        self,
+        ids: np.ndarray,
+        actions: np.ndarray,
+        measured: np.ndarray,
+        disturbance: np.ndarray | None = None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """One control step of `ids`: executed actions (n, 7), joint targets (n, 7), gripper openings (n,).
+
+        `actions` (n, 7) are clipped to the limits of a step; `measured` (n, 7) are the joint angles, and
+        `disturbance` (n, 6) moves the commanded pose unseen. The results are overwritten by the next call.
+        """
+        return self._here().command(ids, actions, measured, disturbance)
+
+    def observe(
+        self,
+        ids: np.ndarray,
+        tcp: np.ndarray,
+        turn: np.ndarray,
+        width: np.ndarray,
+        disturbance: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """`observation.state` (n, S) of measured tool poses (n, 3), (n, 3, 3) and widths (n,) of `ids`.
+
+        `disturbance` (n, 6) is the noise of the measured pose. The result is overwritten by the next call.
+        """
+        return self._here().observe(ids, tcp, turn, width, disturbance)
+
+    def _here(self) -> _Host:
+        if self._host is None:
+            raise ValueError(
+                f"environments by ids need the CPU, this controller is on {self.device}"
+            )
+        return self._host
+
+
+class _Host:
+    """The NumPy side of a controller on the CPU: launches are prepared once, rows are copied in.
+
+    Preparing a launch takes longer than computing some dozen environments.
+    """
+
+    def __init__(self, controller: Controller) -> None:
+        own, count = controller, controller.count
+
+        def rows(dtype: Any) -> wp.array:
+            return wp.zeros(count, dtype=dtype, device="cpu")
+
+        ids, joints, wanted, unseen = rows(wp.int32), rows(Seven), rows(Seven), rows(Six)
+        late, tcp, turn, width = rows(wp.int32), rows(wp.vec3), rows(wp.mat33), rows(wp.float32)
+        self._ids, self._joints, self._wanted = ids.numpy(), joints.numpy(), wanted.numpy()
+        self._unseen, self._late = unseen.numpy(), late.numpy()
+        self._seen = tcp.numpy(), turn.numpy(), width.numpy()
+        self._results = own.executed.numpy(), own.goal.numpy(), own.opening.numpy()
+        self._state = own.state.numpy()
+        head, results = (ids, own._everyone), (own.executed, own.goal, own.opening)
+
+        def prepared(kernel: wp.Kernel, *inputs: Any) -> wp.Launch:
+            return wp.launch(kernel, count, inputs=[*head, *inputs], device="cpu", record_cmd=True)
+
+        self._begin = prepared(kernels.begin, joints, late, *own._state, own.actions)
+        command = wanted, joints, unseen, *own._box, *own._state, own.actions, *results
+        self._command = prepared(kernels.command, *command)
+        observe = tcp, turn, width, unseen, own.target, own.turn, own.actions, own.state
+        self._observe = prepared(kernels.observe, *observe)
+
+    def _run(self, launch: wp.Launch, ids: np.ndarray) -> int:
+        n = len(ids)
+        self._ids[:n] = ids
+        launch.set_dim(n)
+        if n:
+            launch.launch()
+        return n
+
+    def begin(self, ids: np.ndarray, joints: np.ndarray, latency: np.ndarray) -> None:
+        self._joints[: len(ids)] = joints
+        self._late[: len(ids)] = latency
+        self._run(self._begin, ids)
+
+    def command(
+        self,
+        ids: np.ndarray,
+        actions: np.ndarray,
+        measured: np.ndarray,
+        disturbance: np.ndarray | None,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        n = len(ids)
+        self._wanted[:n] = actions
+        self._joints[:n] = measured
+        self._unseen[:n] = 0.0 if disturbance is None else disturbance
+        self._run(self._command, ids)
+        executed, goal, opening = self._results
+        return executed[:n], goal[:n], opening[:n]
+
+    def observe(
+        self,
+        ids: np.ndarray,
+        tcp: np.ndarray,
+        turn: np.ndarray,
+        width: np.ndarray,
+        disturbance: np.ndarray | None,
+    ) -> np.ndarray:
+        n = len(ids)
+        for buffer, values in zip(self._seen, (tcp, turn, width), strict=True):
+            buffer[:n] = values
+        self._unseen[:n] = 0.0 if disturbance is None else disturbance
+        self._run(self._observe, ids)
+        return self._state[:n]
+
+
+def forward(joints: Any, tcp: Any, turn: Any) -> None:
+    """Write the tool's poses at `joints` (N, 7) to `tcp` (N, 3) and `turn` (N, 3, 3); float32, of one device."""
+    start = _array(joints, Seven)
+    outputs = [_array(tcp, wp.vec3), _array(turn, wp.mat33)]
+    wp.launch(kernels.forward, len(start), inputs=[start], outputs=outputs, device=start.device)
+
+
+def noise(seed: Any, step: Any, spread: Any, stream: int, drawn: Any) -> None:
+    """Write normal numbers to `drawn` (N, 6) float32: a function of `seed`, `step` (N,) int32 and `stream` alone.
+
+    `spread` (N,) float32 is their standard deviation in m; a degree of angle goes with 3 mm of position. `stream`
+    (0 or 1) keeps two uses apart. Nothing is remembered, so a step's noise is the same whatever came before.
+    """
+    rows = _array(drawn, Six)
+    given = [_array(seed, wp.int32), _array(step, wp.int32), _array(spread, wp.float32), stream]
+    wp.launch(kernels.noise, len(rows), inputs=given, outputs=[rows], device=rows.device)
+
+
+def _array(values: Any, dtype: Any) -> wp.array:
+    """`values` (warp's, torch's or NumPy's) as a warp array over the same memory."""
+    if isinstance(values, wp.array):
+        return values
+    if not isinstance(values, np.ndarray):
+        return wp.from_torch(values, dtype=dtype)
+    array = wp.array(values, dtype=dtype, device="cpu", copy=False)
+    if (
+        array.ptr != values.ctypes.data
+    ):  # warp copies what has another layout, and results would be lost
+        raise ValueError(f"array is {values.dtype} {values.strides}, must be {dtype} without gaps")
+    return array
