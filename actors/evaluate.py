@@ -6,7 +6,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from twinrl.core.errors import TwinRLError
 from twinrl.env import Env, Observation
+
+RETRIES = 3  # of an episode whose simulation fails
 
 
 class Runner(Protocol):
@@ -43,6 +46,7 @@ def evaluate(env: Env, runner: Runner, configurations: list[dict[str, Any]]) -> 
     waiting = list(range(total))
     observation: Observation = {}
     free = np.ones(n, bool)
+    retries = np.zeros(total, int)
     while waiting or not free.all():
         mask = np.zeros(n, bool)
         for i in np.flatnonzero(free)[: len(waiting)]:
@@ -64,5 +68,15 @@ def evaluate(env: Env, runner: Runner, configurations: list[dict[str, Any]]) -> 
         steps[episode[playing]] += step.mask.sum(1)[playing]
         for i in np.flatnonzero(step.done & playing):
             success[episode[i]] = step.success[i].any()
+            if step.invalid is not None and step.invalid[i]:
+                # Its simulation failed, which says nothing about the policy: the episode is played again.
+                retries[episode[i]] += 1
+                if retries[episode[i]] > RETRIES:
+                    raise TwinRLError(
+                        f"the simulation failed {RETRIES + 1} times in one episode of evaluation, from "
+                        f"{configurations[episode[i]]}"
+                    )
+                steps[episode[i]] = 0
+                waiting.append(int(episode[i]))
         free |= step.done
     return Outcome(success, steps, configurations)

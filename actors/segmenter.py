@@ -70,9 +70,14 @@ class Segmenter:
             self._start[:] = 0
         return steps
 
-    def drop(self, mask: np.ndarray) -> None:
-        """Forget what was collected in `mask`: an episode that nobody wants."""
+    def drop(self, mask: np.ndarray) -> int:
+        """Forget what was collected in `mask`, an episode that nobody wants; returns how many segments that was."""
+        begun = sum(
+            any(e.step.mask[i].any() for e in self._log[self._start[i] :])
+            for i in np.flatnonzero(mask)
+        )
         self._start[mask] = len(self._log)
+        return begun
 
     def _emit(self, i: int) -> int:
         entries = [e for e in self._log[self._start[i] :] if e.step.mask[i].any()]

@@ -61,6 +61,8 @@ class TwinActor:
         self._stop, self._paused = threading.Event(), threading.Event()
         self._doing = "idle"
         self._steps = self._episodes = 0
+        # Episodes whose simulation diverged or died, and their segments that were dropped whole.
+        self._invalid = self._void_segments = 0
         self._recent: dict[str, list[bool]] = {"id": [], "ood": []}
         self._clock, self._clock_steps, self._lag = time.monotonic(), 0, 0
         self._waited = 0.0
@@ -95,6 +97,8 @@ class TwinActor:
             "env/steps_per_s": rate,
             "env/steps": steps,
             "env/episodes": self._episodes,
+            "env/invalid_episodes": self._invalid,
+            "env/dropped_segments": self._void_segments,
             "policy/version": self._runner.version,
             "policy/lag": self._lag,
             "actor/waited_s": self._waited,
@@ -268,6 +272,9 @@ class TwinActor:
         done = step.done
         observation = step.observation
         if done.any():
+            if step.invalid is not None and step.invalid.any():
+                self._invalid += int(step.invalid.sum())
+                self._void_segments += segmenter.drop(step.invalid)
             segmenter.cut(done)
             observation, _ = env.reset(options={"reset_mask": done, "region": region})
             segmenter.begin(observation, done)

@@ -6,8 +6,7 @@ from typing import Any
 
 from twinrl.config import Config
 from twinrl.core.segment import Schema
-from twins import TwinEnv
-from twins.tasks import make_task
+from twins import describe
 
 
 def make_schema(values: dict[str, Any]) -> Schema:
@@ -17,12 +16,18 @@ def make_schema(values: dict[str, Any]) -> Schema:
 
 def describe_job(config: Config) -> dict[str, Any]:
     """Plain values that every role can be given: {"schema", "instruction", "control_hz", "policy"}."""
-    task = make_task(config.task.name)
-    schema = Schema(
-        state_dim=TwinEnv.state_dim,
-        privileged_dim=len(task.privileged_names),
+    spec = describe(
+        config.task.name,
         cameras=tuple(config.task.cameras),
         image_size=config.task.image_size,
+        backend=config.twins.backend,
+        options=config.twins.options,
+    )
+    schema = Schema(
+        state_dim=len(spec.state_names),
+        privileged_dim=len(spec.privileged_names),
+        cameras=spec.cameras,
+        image_size=spec.image_size,
         chunk=config.task.chunk,
     )
     policy = {
@@ -36,7 +41,8 @@ def describe_job(config: Config) -> dict[str, Any]:
     }
     return {
         "schema": {**schema._asdict(), "cameras": list(schema.cameras)},
-        "instruction": task.instruction,
-        "control_hz": TwinEnv.control_hz,
+        "instruction": config.task.instruction or spec.instruction,
+        "control_hz": spec.control_hz,
+        "placed": spec.placed,
         "policy": policy,
     }

@@ -20,6 +20,11 @@ def env_factory(config: Config) -> Callable[..., Any]:
         task=config.task.name,
         cameras=tuple(config.task.cameras),
         image_size=config.task.image_size,
+        instruction=config.task.instruction,
+        reward=config.task.reward,
+        regions=config.task.regions,
+        backend=config.twins.backend,
+        options=config.twins.options,
         device=config.twins.device,
     )
 

@@ -254,7 +254,7 @@ class Schedule:
 
     def _finish_evaluation(self, stage: str, running: list[Any]) -> None:
         merged = self._merge(len(self._cells()), self.follow(running))
-        version = self._version(stage)
+        version, placed = self._version(stage), self.job.topology["job"].get("placed")
         for (world, region, options), success in zip(self._cells(), merged, strict=True):
             starts = self._starts(region, options)
             self.run_folder.append_evaluation(
@@ -264,7 +264,7 @@ class Schedule:
                     "region": region,
                     "n": len(success),
                     "successes": success.astype(int).tolist(),
-                    "placements": [start["object"][:2] for start in starts],
+                    "placements": [start.get(placed, [])[:2] for start in starts],
                     "policy_version": version,
                 }
             )

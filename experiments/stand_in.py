@@ -56,7 +56,7 @@ class StandIn:
         env, everyone = self._env, np.ones(1, bool)
         start = env.draw("all")
         if configuration is not None:
-            start |= {key: configuration[key] for key in ("region", "object", "basket", "joints")}
+            start |= {key: value for key, value in configuration.items() if key != "draw"}
         observation, _ = env.reset(options={"configurations": [start]})
         self._segmenter.begin(observation, everyone)
         taken: list[bool] = []

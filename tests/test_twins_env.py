@@ -204,6 +204,50 @@ def test_a_partial_configuration_lays_the_same_scene_out_on_the_standin():
         assert ours["draw"]["latency"] == 0 and theirs["draw"]["latency"] == 1
 
 
+def test_a_simulation_that_diverges_voids_its_own_episode_and_no_other():
+    env, calm = make(render=True, image_size=16), make(render=True, image_size=16)
+    for e in (env, calm):
+        e.reset(seed=0)
+        e.step_chunk(actions(3, 2))
+    env.simulation.qvel[2, -1] = 1e300
+    env.simulation.qpos[4, 3] = np.nan
+    result, other = env.step_chunk(actions(4, 3)), calm.step_chunk(actions(4, 3))
+    assert result.invalid.tolist() == [False, False, True, False, True, False]
+    assert result.done.tolist() == env.done.tolist() == result.invalid.tolist()
+    assert not result.mask[result.invalid].any() and env.invalid_episodes == 2
+    for value in result.observation.values():
+        assert np.isfinite(value).all()
+    assert_same(_of(result, ~result.invalid), _of(other, ~result.invalid))
+    env.reset(options={"reset_mask": result.invalid})
+    again = env.step_chunk(actions(5, 3))
+    assert again.mask.all() and not again.invalid.any() and np.isfinite(again.states).all()
+
+
+def _of(step, rows):
+    """The chunk step of some environments."""
+    fields = {name: value[rows] for name, value in step._asdict().items() if name != "observation"}
+    observation = {key: value[rows] for key, value in step.observation.items()}
+    return type(step)(observation=observation, **fields)
+
+
+def test_dense_terms_are_paid_with_the_weights_asked_for():
+    env, sparse = make(reward={"reach": 0.5}), make()
+    for e in (env, sparse):
+        e.reset(seed=0)
+    dense, plain = env.step_chunk(actions(0, 4)), sparse.step_chunk(actions(0, 4))
+    np.testing.assert_array_equal(dense.states, plain.states)
+    assert not plain.reward.any() and (dense.reward > 0).all() and (dense.reward < 0.5).all()
+
+
+def test_a_custom_region_is_where_resets_draw_from():
+    corner = {"corner": {"object": {"x": [0.4, 0.42], "y": [-0.2, -0.18]}}}
+    env = make(regions=corner, region="corner")
+    env.reset(seed=0)
+    for configuration in env.configurations():
+        x, y, _ = configuration["object"]
+        assert 0.4 <= x <= 0.42 and -0.2 <= y <= -0.18 and configuration["region"] == "corner"
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -213,6 +257,13 @@ def test_a_partial_configuration_lays_the_same_scene_out_on_the_standin():
         (lambda: make(randomisation={"fricton": 1.0}), "friction"),
         (lambda: make(cameras=("front",), render=True), "side"),
         (lambda: make(region="mars"), "ood"),
+        (lambda: make(regions={"far": {"object": {"x": [0.4, 1.9]}}}), "outside what the arm"),
+        (lambda: make(regions={"far": {"objct": {}}}), "'object'"),
+        (lambda: make(regions={"far": {"object": {"z": [0, 1]}}}), "axis 'z'"),
+        (lambda: make(regions={"id": {}}), "another name"),
+        (lambda: make(reward={"reech": 1.0}), "'reach'"),
+        (lambda: make(backend="mujocco"), "'mujoco'"),
+        (lambda: make(randomisation={"light": 3.0}), "from 0 to 1"),
         (lambda: twins.make_env(num_envs=0), "at least 1"),
         (lambda: make().reset(options={"mask": None}), "mask"),
         (lambda: make().reset(options={"reset_mask": [True]}), "reset_mask"),

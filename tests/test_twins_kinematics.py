@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from twins import kinematics, rotation, scene
+from twins.tasks.pick_and_place import PickAndPlace
 
 
 def _dh_tool(joints):
@@ -50,7 +51,7 @@ def test_forward_kinematics_equals_denavit_hartenberg(joints):
 
 
 def test_simulated_arm_has_the_same_kinematics_and_limits(joints):
-    model = scene.build_scene().compile()
+    model = scene.build_scene(PickAndPlace()).compile()
     data = mujoco.MjData(model)
     position, turn = kinematics.forward(joints)
     for q, p, r in zip(joints, position, turn, strict=True):

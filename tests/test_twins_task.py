@@ -55,9 +55,9 @@ def test_the_expert_is_a_function_of_the_state_and_takes_over_anywhere():
 def _stand(env, height, velocity=(0, 0, 0), sideways=0.0):
     """Put the banana over the middle of the basket, the hand out of the way, fingers open."""
     everyone = np.arange(env.num_envs)
-    position = env.world.basket[:, 0] + [sideways, 0, height]
-    env.world.place_object(everyone, position, rotation.about_z(np.zeros(env.num_envs)))
-    env.world.qvel[:, -6:-3] = velocity
+    position = env.snapshot().position["basket"] + [sideways, 0, height]
+    env.simulation.place(everyone, "object", position, rotation.about_z(np.zeros(env.num_envs)))
+    env.simulation.push(everyone, "object", velocity)
 
 
 def _idle(gripper=1.0, steps=1):
@@ -96,10 +96,10 @@ def test_a_banana_held_inside_the_basket_is_no_success_until_it_is_let_go():
     env.reset(seed=0)
     for _ in range(64):
         action = env.expert()
-        if (action[:, 6] > 0.5).all() and env.task.held(env.world.snapshot(np.arange(2))).any():
+        if (action[:, 6] > 0.5).all() and env.task.held(env.snapshot()).any():
             break
         # Once one of them is ready to let go, wait with it for the other.
-        action[env.task.held(env.world.snapshot(np.arange(2))), 6] = 0.0
+        action[env.task.held(env.snapshot()), 6] = 0.0
         env.step_chunk(action[:, None])
     lower = _idle(gripper=0.0, steps=6)
     lower[..., 2] = -0.03
@@ -116,7 +116,9 @@ def test_a_banana_held_inside_the_basket_is_no_success_until_it_is_let_go():
 def test_a_lost_banana_ends_the_episode_as_a_failure():
     env = twins.make_env(num_envs=2, render=False)
     env.reset(seed=0)
-    env.world.place_object(np.array([0]), np.array([[0.5, 0.7, task.RADIUS]]), np.eye(3)[None])
+    env.simulation.place(
+        np.array([0]), "object", np.array([[0.5, 0.7, task.RADIUS]]), np.eye(3)[None]
+    )
     result = env.step_chunk(_idle())
     assert result.terminated[:, 0].tolist() == [True, False]
     assert not result.success.any() and not result.truncated.any()

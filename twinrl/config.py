@@ -34,6 +34,17 @@ class TaskConfig(Section):
     cameras: tuple[str, ...] = Field(("side", "wrist"), description="cameras of the observation")
     image_size: int = Field(64, ge=16, le=512, description="height and width of each image, pixels")
     chunk: int = Field(4, ge=1, le=64, description="C, control steps in an action chunk")
+    instruction: str | None = Field(
+        None, description="what the policy is told; the task's own when absent"
+    )
+    reward: dict[str, float] = Field(
+        {},
+        description="weights of the task's dense reward terms, beside success: 1 (docs/tasks.md)",
+    )
+    regions: dict[str, dict[str, dict[str, tuple[float, float]]]] = Field(
+        {},
+        description="further regions of resets: name: {thing: {x: [low, high], y: ..., yaw: ...}}, m and rad",
+    )
 
 
 class RedisConfig(Section):
@@ -150,7 +161,18 @@ class TwinsConfig(Section):
 
     actors: int = Field(2, ge=1, description="Ray actors that roll out")
     envs: int = Field(64, ge=1, description="environments in each actor")
-    randomisation: str = Field("full", description="domain randomisation in stage 2")
+    backend: str = Field(
+        "mujoco", description="simulator, one of `twins.backends.BACKENDS` (docs/simulators.md)"
+    )
+    options: dict[str, Any] = Field({}, description="of the backend")
+    python: str | None = Field(
+        None,
+        description="interpreter of another environment in which the simulator runs, as a process of its own",
+    )
+    randomisation: Literal["none", "full"] | dict[str, float] = Field(
+        "full",
+        description="domain randomisation in stage 2: none, full, or the scale of each change from 0 to 1",
+    )
     device: str = Field("cpu", description="renderer: cpu or cuda")
 
 

@@ -61,13 +61,16 @@ class EnvSpec(NamedTuple):
     """What can be known of an environment before it exists: a job's schema and policy follow from it."""
 
     state_names: tuple[str, ...]  # a name for each number of observation.state
-    privileged_names: tuple[str, ...]  # of privileged.state; empty where nothing privileged is known
+    privileged_names: tuple[
+        str, ...
+    ]  # of privileged.state; empty where nothing privileged is known
     cameras: tuple[str, ...]
     image_size: int  # height = width, pixels
     instruction: str
     max_steps: int  # control steps until truncation
     control_hz: float
     expert: bool  # it has a scripted expert
+    placed: str | None = None  # key of a configuration whose x and y a map of results shows
 
 
 class Env(Protocol):

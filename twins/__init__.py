@@ -1,46 +1,98 @@
-"""Simulated twin environments: tasks, scenes, randomisation, and the environment actors play in."""
+"""Simulated twin environments: tasks, scenes, simulators, randomisation, and the environment actors play in."""
 
+# Nothing heavy is imported here: a simulator's worker imports `twins.worker` in a Python of its own.
 from __future__ import annotations
 
-from twins import scene
-from twins.env import TwinEnv
-from twins.tasks import TASKS, make_task
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["TASKS", "TwinEnv", "make_env"]
+if TYPE_CHECKING:
+    from twinrl.env import Env, EnvSpec
+
+__all__ = ["describe", "make_env"]
+CAMERAS = ("side", "wrist")
 
 
 def make_env(
     task: str = "pick-and-place",
     num_envs: int = 64,
     *,
+    backend: str = "mujoco",
+    options: dict[str, Any] | None = None,
     seed: int = 0,
     variant: str = "twin",
     randomisation: str | dict[str, float] = "none",
+    reward: dict[str, float] | None = None,
+    regions: dict[str, Any] | None = None,
     image_size: int = 64,
-    cameras: tuple[str, ...] = scene.CAMERAS,
+    cameras: tuple[str, ...] = CAMERAS,
     threads: int = 1,
     device: str = "cpu",
     render: bool = True,
     region: str = "id",
     max_steps: int | None = None,
-) -> TwinEnv:
-    """`num_envs` environments of `task`.
+    instruction: str | None = None,
+) -> Env:
+    """`num_envs` environments of `task` in the simulator `backend`.
 
     `variant` is "twin" or "standin" (a stand-in for the real robot: other physics, delay, cameras and light);
-    `randomisation` is "none", "full", or the scale of each change (`twins.randomise.CHANGES`). `region` is where
-    resets draw from unless they say otherwise. `device` ("cpu" or "cuda") traces the images; physics always runs
-    on the CPU, on `threads` threads. `render=False` leaves images out.
+    `randomisation` is "none", "full", or the scale of each change (`twins.randomise.CHANGES`). `reward` gives
+    weights to the task's dense terms, beside {"success": 1.0}. `region` is where resets draw from unless they say
+    otherwise, one of the task's or of `regions`, {name: {thing: {"x": [low, high], "y": ..., "yaw": ...}}}.
+    `device` ("cpu" or "cuda") traces the images; `threads` are the physics'. `render=False` leaves images out.
+    `options` go to the backend.
     """
+    from twins.backends import find_backend
+
+    found = find_backend(backend)
+    common: dict[str, Any] = {
+        "seed": seed,
+        "image_size": image_size,
+        "cameras": tuple(cameras) if render else (),
+        "region": region,
+        "max_steps": max_steps,
+        "instruction": instruction,
+    }
+    if not found.is_simulation:
+        return found.load()(task, num_envs, device=device, **common, **(options or {}))
+
+    from functools import partial
+
+    from twins.env import TwinEnv
+    from twins.tasks import make_task
+
+    own = {"threads": threads, "device": device} if backend == "mujoco" else {}
     return TwinEnv(
         make_task(task),
         num_envs,
-        seed=seed,
+        partial(found.load(), **own, **(options or {})),
         variant=variant,
         randomisation=randomisation,
-        image_size=image_size,
-        cameras=tuple(cameras) if render else (),
-        threads=threads,
-        device=device,
-        region=region,
-        max_steps=max_steps,
+        reward=reward,
+        regions=regions,
+        **common,
     )
+
+
+def describe(
+    task: str,
+    *,
+    cameras: tuple[str, ...] = CAMERAS,
+    image_size: int = 64,
+    backend: str = "mujoco",
+    options: dict[str, Any] | None = None,
+) -> EnvSpec:
+    """What `make_env` would make, without making it where the task is ours."""
+    from twins.backends import find_backend
+
+    found = find_backend(backend)
+    if not found.is_simulation:
+        env = found.load()(task, 1, cameras=cameras, image_size=image_size, **(options or {}))
+        try:
+            return env.spec
+        finally:
+            env.close()
+
+    from twins.env import spec_of
+    from twins.tasks import make_task
+
+    return spec_of(make_task(task), cameras, image_size)

@@ -22,7 +22,7 @@ FINGER_STIFFNESS, FINGER_DAMPING, FINGER_FORCE = 1000.0, 40.0, 70.0
 RADII = (0.06, 0.06, 0.055, 0.055, 0.05, 0.045, 0.045)  # m, of the links' capsules
 
 # Collision bits: arm parts never meet each other, links meet only the table, the gripper meets everything.
-TABLE, BASKET, OBJECT = 1, 2, 4
+TABLE, PLACED, OBJECT = 1, 2, 4
 ARM_JOINTS = tuple(f"joint{i + 1}" for i in range(kinematics.JOINTS))
 FINGERS = ("finger_left", "finger_right")
 # Stiffer than MuJoCo's default, which lets fingers sink 4 mm into what they hold.
@@ -93,7 +93,7 @@ def _add_link(parent: mujoco.MjsBody, i: int) -> mujoco.MjsBody:
 
 
 def _add_hand(flange: mujoco.MjsBody) -> None:
-    touch = {"contype": 0, "conaffinity": TABLE | BASKET | OBJECT}
+    touch = {"contype": 0, "conaffinity": TABLE | PLACED | OBJECT}
     yaw = kinematics.HAND_YAW
     hand = flange.add_body(
         name="hand",

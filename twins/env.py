@@ -1,23 +1,32 @@
-"""`TwinEnv`: N simulated twin environments behind the Env seam."""
+"""`TwinEnv`: a task played in N copies of its scene, in any simulator, behind the Env seam."""
 
 from __future__ import annotations
 
+import difflib
+import logging
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
-from twinrl.env import ACTION_DIM, PRIVILEGED, STATE, ChunkStep, Observation, image_key
+from twinrl.env import ACTION_DIM, PRIVILEGED, STATE, ChunkStep, EnvSpec, Observation, image_key
 from twins import kinematics, randomise, rotation, scene
-from twins.tasks.task import Snapshot, Task
-from twins.world import ARM, World
+from twins.backends.contract import Simulation, SimulationLost
+from twins.regions import ALL, check_region, draw, make_regions
+from twins.snapshot import Snapshot
+from twins.tasks.task import Task
+
+log = logging.getLogger(__name__)
 
 MAX_SHIFT, MAX_TURN = 0.03, 0.2  # m and rad, the longest step of one action
 REACH, REACH_TURN = 0.15, 0.8  # m and rad, how far the commanded pose may lead the measured one
 BOX = np.array([(0.25, -0.42, 0.012), (0.78, 0.42, 0.5)])  # m, where the commanded tcp may go
 JOINT_NOISE = 0.06  # rad, standard deviation of the arm's start
-REGIONS = ("id", "ood", "all")
+SUCCESS = "success"  # the reward's sparse term
+FARTHEST, FASTEST = 10.0, 1000.0  # m, m/s or rad/s: beyond these a simulation has diverged
+MakeSimulation = Callable[..., Simulation]
 
 STATE_NAMES = (
     *("tcp_x", "tcp_y", "tcp_z"),
@@ -59,8 +68,25 @@ def state_vector(
     return np.concatenate(columns, axis=1)
 
 
+def spec_of(
+    task: Task, cameras: tuple[str, ...], image_size: int, max_steps: int | None = None
+) -> EnvSpec:
+    """What `TwinEnv` will be, without a simulator."""
+    return EnvSpec(
+        state_names=STATE_NAMES,
+        privileged_names=tuple(task.privileged_names),
+        cameras=tuple(cameras),
+        image_size=image_size,
+        instruction=task.instructions[0],
+        max_steps=max_steps or task.max_steps,
+        control_hz=scene.CONTROL_HZ,
+        expert=True,
+        placed=task.grasped,
+    )
+
+
 class TwinEnv(VectorEnv):
-    """N environments of one task in one simulation batch (`twinrl.env.Env`).
+    """N environments of one task in one simulation (`twinrl.env.Env`).
 
     Actions move the commanded target pose, which differential inverse kinematics turns into joint targets. The
     state tells how far the target leads the measured pose and the last two actions: with a delay between command
@@ -77,17 +103,20 @@ class TwinEnv(VectorEnv):
         self,
         task: Task,
         num_envs: int,
+        make_simulation: MakeSimulation,
         *,
         seed: int = 0,
         variant: str = "twin",
         randomisation: str | dict[str, float] = "none",
+        reward: Mapping[str, float] | None = None,
+        regions: Mapping[str, Any] | None = None,
         image_size: int = 64,
         cameras: tuple[str, ...] = scene.CAMERAS,
-        threads: int = 1,
-        device: str = "cpu",
         region: str = "id",
         max_steps: int | None = None,
+        instruction: str | None = None,
     ):
+        """`make_simulation(task, num_envs, cameras=, image_size=)` gives the simulator; see `twins.make_env`."""
         if num_envs < 1:
             raise ValueError(f"num_envs is {num_envs}, must be at least 1")
         if variant not in randomise.VARIANTS:
@@ -95,20 +124,21 @@ class TwinEnv(VectorEnv):
         for name in cameras:
             if name not in scene.CAMERAS:
                 raise ValueError(f"unknown camera {name!r}, not one of {scene.CAMERAS}")
-        self.task, self.num_envs, self.region = task, num_envs, _checked_region(region)
-        self.variant, self.randomisation = variant, randomise.scales(randomisation)
-        self.cameras, self.image_size, self.device = tuple(cameras), image_size, device
-        self.instruction, self.max_steps = task.instruction, max_steps or task.max_steps
+        self.task, self.num_envs = task, num_envs
+        self.regions = make_regions(task, regions)
+        self.region = check_region(region, self.regions)
+        self.reward = _checked_reward(task, reward)
+        self.variant = variant
+        self.randomisation = randomise.scales(randomisation, task.randomisation)
+        self.cameras, self.image_size = tuple(cameras), image_size
+        self.spec = spec_of(task, self.cameras, image_size, max_steps)
+        self.instruction, self.max_steps = instruction or self.spec.instruction, self.spec.max_steps
         self.privileged_names = task.privileged_names
         self.privileged_dim = len(task.privileged_names)
-        self.world = World(
-            task,
-            num_envs,
-            cameras=self.cameras,
-            image_size=image_size,
-            threads=threads,
-            device=device,
+        self.simulation = make_simulation(
+            task, num_envs, cameras=self.cameras, image_size=image_size
         )
+        self.invalid_episodes = 0  # ended because their simulation failed
         self._define_spaces()
         self._rng = np.random.default_rng(seed)
         self._noise_rng = np.random.default_rng([seed, 1])
@@ -145,7 +175,11 @@ class TwinEnv(VectorEnv):
         self._steps = np.zeros(count, int)
         # Nothing can be stepped before its first reset.
         self._terminated, self._truncated = np.ones(count, bool), np.zeros(count, bool)
-        self._success = np.zeros(count, bool)
+        self._success, self._invalid = np.zeros(count, bool), np.zeros(count, bool)
+        self._reward = np.zeros(count, np.float32)
+        self._memory = {
+            name: np.zeros((count, *m.shape), m.dtype) for name, m in self.task.memory.items()
+        }
         space = self.observation_space
         self._observation = {key: np.zeros(s.shape, s.dtype) for key, s in space.items()}
 
@@ -170,33 +204,34 @@ class TwinEnv(VectorEnv):
         for name, size in (("reset_mask", len(mask)), ("configurations", len(given))):
             if size != self.num_envs:
                 raise ValueError(f"{name} has {size} entries for {self.num_envs} environments")
-        region = _checked_region(options.get("region", self.region))
+        region = check_region(options.get("region", self.region), self.regions)
         ids = np.flatnonzero(mask)
         if len(ids):
             for i in ids:
                 self._configurations[i] = self._completed(given[i], region)
-            self._begin(ids)
+            try:
+                self._begin(ids)
+            except SimulationLost as error:
+                self._fail(np.arange(self.num_envs), str(error))
         return self._observe(), {"configurations": self.configurations()}
 
     def draw(self, region: str, rng: np.random.Generator | None = None) -> dict[str, Any]:
         """A configuration from `region`, drawn with the environment's own generator unless one is given."""
         seed = int((rng or self._rng).integers(2**62))
-        return self._drawn(_checked_region(region), seed)
+        return self._drawn(check_region(region, self.regions), seed)
 
     def _drawn(self, region: str, seed: int) -> dict[str, Any]:
         rng = np.random.default_rng(seed)
-        drawn = REGIONS[
-            rng.integers(2)
-        ]  # drawn always, so that one seed means one layout of the rest
-        region = drawn if region == "all" else region
+        drawn = ("id", "ood")[rng.integers(2)]  # always, so that one seed means one layout
+        region = drawn if region == ALL else region
         nominal = randomise.VARIANTS[self.variant]
         return {
             "task": self.task.name,
             "region": region,
             "seed": seed,
-            **self.task.draw(rng, region),
+            **draw(rng, self.task, self.regions[region]),
             "joints": (JOINT_NOISE * rng.normal(size=kinematics.JOINTS)).tolist(),
-            "draw": randomise.draw(rng, self.randomisation, nominal),
+            "draw": randomise.draw(rng, self.randomisation, nominal, self.task.things),
         }
 
     def _completed(self, given: dict[str, Any] | None, region: str) -> dict[str, Any]:
@@ -210,7 +245,7 @@ class TwinEnv(VectorEnv):
             raise ValueError(f"configuration is of task {given['task']!r}, not {self.task.name!r}")
         seed = given.get("seed")
         seed = int(self._rng.integers(2**62)) if seed is None else seed
-        drawn = self._drawn(_checked_region(given.get("region", region)), seed)
+        drawn = self._drawn(check_region(given.get("region", region), self.regions), seed)
         unknown = set(given) - set(drawn)
         if unknown:
             raise ValueError(
@@ -221,8 +256,8 @@ class TwinEnv(VectorEnv):
     def _begin(self, ids: np.ndarray) -> None:
         """Start the episodes that the configurations of `ids` describe."""
         configurations = [self._configurations[i] for i in ids]
-        self.world.configure(ids, configurations)
-        self._joints[ids] = self.world.qpos[ids, ARM]
+        self.simulation.configure(ids, configurations)
+        self._joints[ids] = self.simulation.joints(ids)
         target, turn = kinematics.forward(self._joints[ids])
         self._target[ids], self._turn[ids] = target, turn
         self._pending_target[ids], self._pending_turn[ids] = target[:, None], turn[:, None]
@@ -230,8 +265,10 @@ class TwinEnv(VectorEnv):
         self._actions[ids] = 0.0
         self._actions[ids, :, 6] = 1.0
         self._steps[ids] = 0
-        for flags in (self._terminated, self._truncated, self._success):
+        for flags in (self._terminated, self._truncated, self._success, self._invalid):
             flags[ids] = False
+        for memory in self._memory.values():
+            memory[ids] = 0
         for i, configuration in zip(ids, configurations, strict=True):
             draw = configuration["draw"]
             self._latency[i] = draw["latency"]
@@ -244,7 +281,7 @@ class TwinEnv(VectorEnv):
                     # A degree of angle goes with 3 mm of position.
                     spread = draw[name] * np.array([1, 1, 1, 6, 6, 6])
                     table[i] = spread * rng.normal(size=shape)
-        self._write_vectors(ids)
+        self._write_vectors(ids, self._look(ids))
         self._write_images(ids)
 
     def configurations(self) -> list[dict[str, Any]]:
@@ -258,8 +295,12 @@ class TwinEnv(VectorEnv):
     ) -> tuple[Observation, np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
         """One control step with images. Environments that are done stay as they are, with reward 0."""
         result = self.step_chunk(np.asarray(actions)[:, None])
-        infos = {"success": self._success.copy(), "action": result.action[:, 0]}
-        flags = self._terminated.copy(), self._truncated.copy()
+        infos = {
+            "success": self._success.copy(),
+            "action": result.action[:, 0],
+            "invalid": self._invalid.copy(),
+        }
+        flags = self._terminated.copy(), self._truncated | self._invalid
         return result.observation, result.reward[:, 0], *flags, infos
 
     def step_chunk(self, actions: np.ndarray) -> ChunkStep:
@@ -273,45 +314,53 @@ class TwinEnv(VectorEnv):
         states = np.zeros((count, chunk, self.state_dim), np.float32)
         privileged = np.zeros((count, chunk, self.privileged_dim), np.float32)
         executed = np.zeros((count, chunk, ACTION_DIM), np.float32)
+        reward = np.zeros((count, chunk), np.float32)
         terminated, truncated, success, mask = np.zeros((4, count, chunk), bool)
-        begun = np.flatnonzero(~self.done)
+        begun = ~self.done
         for k in range(chunk):
             ids = np.flatnonzero(~self.done)
             if not len(ids):
                 break
-            executed[ids, k] = self._advance(ids, actions[ids, k])
+            done, ids = self._advance(ids, actions[ids, k])
+            executed[ids, k] = done
+            reward[ids, k] = self._reward[ids]
             states[ids, k] = self._observation[STATE][ids]
             privileged[ids, k] = self._observation[PRIVILEGED][ids]
             terminated[ids, k], truncated[ids, k] = self._terminated[ids], self._truncated[ids]
             success[ids, k], mask[ids, k] = self._success[ids], True
-        if len(begun):
-            self._write_images(begun)
+        seen = np.flatnonzero(begun & ~self._invalid)
+        if len(seen):
+            self._write_images(seen)
         return ChunkStep(
             observation=self._observe(),
             states=states,
             privileged=privileged,
             action=executed,
-            reward=success.astype(np.float32),
+            reward=reward,
             terminated=terminated,
             truncated=truncated,
             success=success,
             mask=mask,
+            invalid=self._invalid & begun,
         )
 
     @property
     def done(self) -> np.ndarray:
         """(N,) bool: the episode has ended, or none was begun."""
-        return self._terminated | self._truncated
+        return self._terminated | self._truncated | self._invalid
 
-    def _advance(self, ids: np.ndarray, actions: np.ndarray) -> np.ndarray:
-        """Execute one control step of `ids` (n,); return the clipped actions (n, 7)."""
+    def _advance(self, ids: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Execute one control step of `ids` (n,).
+
+        Returns the clipped actions (m, 7) of the m simulations that came through, and which they are.
+        """
         actions = clip_action(actions)
         moved = actions[:, :6].astype(float)
         if self._action_noise:
             for row, i in enumerate(ids):
                 if i in self._action_noise:
                     moved[row] += self._action_noise[i][self._steps[i]]
-        tip, tool = kinematics.forward(self.world.qpos[ids, ARM])
+        tip, tool = kinematics.forward(self.simulation.joints(ids))
         target = self._target[ids] + moved[:, :3]
         turn = rotation.exp(moved[:, 3:]) @ self._turn[ids]
         target = np.clip(tip + rotation.clip_norm(target - tip, REACH), *BOX)
@@ -330,21 +379,56 @@ class TwinEnv(VectorEnv):
             self._joints[ids], self._pending_target[late], self._pending_turn[late]
         )
         self._joints[ids] = joints
-        self.world.step(ids, joints, self._pending_gripper[late])
+        try:
+            self.simulation.step(ids, joints, self._pending_gripper[late])
+            now = self._look(ids)
+        except SimulationLost as error:
+            self._fail(np.arange(self.num_envs), str(error))
+            return actions[:0], ids[:0]
         self._actions[ids, 1] = self._actions[ids, 0]
         self._actions[ids, 0] = actions
         self._steps[ids] += 1
-        now = self._write_vectors(ids)
-        success = self.task.success(now, actions[:, 6])
+        good = _sound(now)
+        if not good.all():
+            self._fail(ids[~good], "its simulation diverged")
+            ids, actions, now = ids[good], actions[good], _rows(now, good)
+        for name, value in self.task.remember(now).items():
+            self._memory[name][ids] = value
+            now.memory[name] = value
+        self._write_vectors(ids, now)
+        self._judge(ids, now, actions[:, 6])
+        return actions, ids
+
+    def _judge(self, ids: np.ndarray, now: Snapshot, gripper: np.ndarray) -> None:
+        """Success, reward and ending of the step that led to `now`."""
+        success = self.task.success(now, gripper)
         self._success[ids] = success
         self._terminated[ids] = success | self.task.lost(now)
         self._truncated[ids] = (self._steps[ids] >= self.max_steps) & ~self._terminated[ids]
-        return actions
+        reward = self.reward[SUCCESS] * success.astype(np.float32)
+        if len(self.reward) > 1:
+            terms = self.task.terms(now, gripper)
+            reward += sum(w * terms[name] for name, w in self.reward.items() if name != SUCCESS)
+        self._reward[ids] = reward
+
+    def _fail(self, ids: np.ndarray, why: str) -> None:
+        """End the episodes of `ids` as void: nothing of them may be learned from, and the others go on."""
+        running = ids[~self.done[ids]]
+        self._invalid[ids] = True
+        self.invalid_episodes += len(running)
+        log.warning("%s: episodes of environments %s are void: %s", self.task.name, running, why)
 
     # -- observations ----------------------------------------------------------------------------------------
 
-    def _write_vectors(self, ids: np.ndarray) -> Snapshot:
-        now = self.world.snapshot(ids)
+    def _look(self, ids: np.ndarray) -> Snapshot:
+        memory = {name: values[ids] for name, values in self._memory.items()}
+        return self.simulation.snapshot(ids)._replace(memory=memory)
+
+    def snapshot(self) -> Snapshot:
+        """The true state of all environments, with what their tasks remember."""
+        return self._look(np.arange(self.num_envs))
+
+    def _write_vectors(self, ids: np.ndarray, now: Snapshot) -> None:
         state = state_vector(now, self._target[ids], self._turn[ids], self._actions[ids])
         if self._state_noise:
             for row, i in enumerate(ids):
@@ -352,13 +436,19 @@ class TwinEnv(VectorEnv):
                     state[row, :6] += self._state_noise[i][self._steps[i]]
         self._observation[STATE][ids] = state
         self._observation[PRIVILEGED][ids] = self.task.privileged(now)
-        return now
 
     def _write_images(self, ids: np.ndarray) -> None:
         if self.cameras:
-            self.world.refresh(ids)
-            for name, images in self.world.images(ids).items():
-                self._observation[image_key(name)][ids] = images
+            hidden = self.task.hidden({name: m[ids] for name, m in self._memory.items()})
+            try:
+                if hidden:
+                    self.simulation.hide(ids, hidden)
+                images = self.simulation.images(ids)
+            except SimulationLost as error:
+                self._fail(np.arange(self.num_envs), str(error))
+                return
+            for name, frames in images.items():
+                self._observation[image_key(name)][ids] = frames
 
     def _observe(self) -> Observation:
         """Copies: a caller may keep an observation while the next one is written."""
@@ -374,9 +464,7 @@ class TwinEnv(VectorEnv):
         It keeps no memory: calling it changes nothing, and it takes over from a policy at any step. `noise` adds a
         disturbance with that fraction of the step limits as standard deviation; clean labels are a second call.
         """
-        everyone = np.arange(self.num_envs)
-        now = self.world.snapshot(everyone)
-        action = clip_action(self.task.expert(now, self._target, self._turn))
+        action = clip_action(self.task.expert(self.snapshot(), self._target, self._turn))
         return self.disturb(action, noise).astype(np.float32)
 
     def disturb(self, actions: np.ndarray, noise: float) -> np.ndarray:
@@ -388,11 +476,43 @@ class TwinEnv(VectorEnv):
         actions[:, :6] += spread * self._noise_rng.normal(size=(self.num_envs, 6))
         return clip_action(actions)
 
+    def close_extras(self, **kwargs: Any) -> None:
+        """Free the simulator."""
+        self.simulation.close()
 
-def _checked_region(region: str) -> str:
-    if region not in REGIONS:
-        raise ValueError(f"region is {region!r}, not one of {REGIONS}")
-    return region
+
+def _checked_reward(task: Task, weights: Mapping[str, float] | None) -> dict[str, float]:
+    known = (SUCCESS, *task.term_names)
+    for name in weights or {}:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, 1, cutoff=0.4)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{task.name} has no reward term {name!r}, only {known}{hint}")
+    return {SUCCESS: 1.0} | {name: float(value) for name, value in (weights or {}).items()}
+
+
+def _sound(now: Snapshot) -> np.ndarray:
+    """(n,) bool: everything is finite and nothing is farther or faster than could be."""
+    good = np.isfinite(now.tcp).all(axis=1) & np.isfinite(now.width)
+    for position in now.position.values():
+        good &= (np.abs(position) < FARTHEST).all(axis=1)
+    for velocity in now.velocity.values():
+        good &= (np.abs(velocity) < FASTEST).all(axis=1)
+    for turn in now.turn.values():
+        good &= np.isfinite(turn).all(axis=(1, 2))
+    return good
+
+
+def _rows(now: Snapshot, mask: np.ndarray) -> Snapshot:
+    """The snapshot of those simulations that `mask` (n,) names."""
+    return Snapshot(
+        *(
+            {name: value[mask] for name, value in part.items()}
+            if isinstance(part, dict)
+            else part[mask]
+            for part in now
+        )
+    )
 
 
 def _broken(actions: np.ndarray) -> list[int]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from twins import arm, kinematics, randomise, rotation
+from twins import arm, kinematics, randomise, regions, rotation
+from twins.backends.mujoco_cpu import MujocoSimulation
 from twins.env import BOX, TwinEnv, state_vector
 from twins.tasks import pick_and_place as task
-from twins.world import World
 
 APPEARANCE = {"light": 1.0, "camera": 1.0, "colour": 1.0}
 COPIES = 64  # scenes placed and rendered at once
@@ -33,9 +33,7 @@ def labelled_scenes(
     float32. `appearance` scales what differs in looks, as in `twins.randomise`.
     """
     copies = min(COPIES, count)
-    world = World(
-        env.task, copies, cameras=env.cameras, image_size=env.image_size, device=env.device
-    )
+    world = MujocoSimulation(env.task, copies, cameras=env.cameras, image_size=env.image_size)
     shape = (count, env.image_size, env.image_size, 3)
     images = {name: np.empty(shape, np.uint8) for name in env.cameras}
     states = np.empty((count, env.state_dim), np.float32)
@@ -58,7 +56,7 @@ def labelled_scenes(
 
 
 def _place(
-    world: World, ids: np.ndarray, rng: np.random.Generator, scales: dict, nominal: dict
+    world: MujocoSimulation, ids: np.ndarray, rng: np.random.Generator, scales: dict, nominal: dict
 ) -> None:
     """Put arm, object and basket of `ids` (n,) somewhere plausible, with looks of their own."""
     count = len(ids)
@@ -66,14 +64,15 @@ def _place(
     reach, hover, carry, basket, _ = (kinds == k for k in range(len(KINDS)))
     configurations = [
         {
-            **world.task.draw(rng, "all"),
+            **regions.draw(rng, world.task, world.task.regions[("id", "ood")[rng.integers(2)]]),
             "joints": [0.0] * kinematics.JOINTS,
-            "draw": randomise.draw(rng, scales, nominal),
+            "draw": randomise.draw(rng, scales, nominal, world.task.things),
         }
         for _ in ids
     ]
     world.configure(ids, configurations)
-    lying = world.qpos[ids, -7:-4]
+    now = world.snapshot(ids)
+    lying, bin_ = now.position["object"], now.position["basket"]
     yaw = np.array([c["object"][2] for c in configurations])
     goal = rng.uniform(*BOX, size=(count, 3)) * [1, 1, 0.7]
     goal[:, 0] = np.clip(goal[:, 0], 0.33, 0.72)
@@ -91,7 +90,6 @@ def _place(
         [0.05 * rng.normal(size=(count, 2)), rng.uniform(0.08, 0.22, count)]
     )
     goal[hover] = above[hover]
-    bin_ = world.basket[ids, 0]
     over = bin_ + np.column_stack(
         [0.03 * rng.normal(size=(count, 2)), rng.uniform(0.1, 0.17, count)]
     )
@@ -114,8 +112,8 @@ def _place(
     slip = np.array([0.008, 0.002, 0.004]) * rng.normal(size=(count, 3))
     gripped = tcp + (tool @ slip[..., None])[..., 0]
     aligned = tool @ kinematics.DOWN @ rotation.exp(0.08 * rng.normal(size=(count, 3)))
-    world.place_object(ids[carry], gripped[carry], aligned[carry])
+    world.place(ids[carry], "object", gripped[carry], aligned[carry])
     tumbled = rotation.about_z(rng.uniform(-1.5, 1.5, count))
-    world.place_object(ids[dropped], inside[dropped], tumbled[dropped])
+    world.place(ids[dropped], "object", inside[dropped], tumbled[dropped])
     world.place_arm(ids, joints, finger)
     world.refresh(ids)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import difflib
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from twins import scene
+from twins.shapes import Thing
 
 CHANGES = (
     "latency",
@@ -33,8 +35,8 @@ CAMERA_TURN = np.radians(3.0)
 STATE_NOISE = 0.004  # m, standard deviation of a measured tool position
 ACTION_NOISE = 0.003  # m, standard deviation of an unseen disturbance of each commanded step
 LAMP_TILT = 0.25
-# How far each colour channel may move, by the kind of thing.
-COLOURS = {"table": 0.15, "floor": 0.15, "object": 0.08, "basket": 0.12, "arm": 0.08}
+# How far each colour channel may move; a task's things say it themselves.
+COLOURS = {"table": 0.15, "floor": 0.15, "arm": 0.08}
 
 TWIN: dict[str, Any] = {
     "latency": 0,
@@ -45,6 +47,7 @@ TWIN: dict[str, Any] = {
     "lamp": [-0.3, 0.2],
     "cameras": {name: [0.0] * 6 for name in scene.CAMERAS},
     "colours": {name: [0.0] * 3 for name in COLOURS},
+    "thing_colours": [[0.0] * 3],
     "state_noise": 0.0,
     "action_noise": 0.0,
 }
@@ -63,18 +66,27 @@ STANDIN: dict[str, Any] = {
     "colours": {
         "table": [0.05, 0.04, 0.07],
         "floor": [-0.06, -0.05, -0.04],
-        "object": [-0.05, -0.04, 0.03],
-        "basket": [0.05, -0.05, -0.06],
         "arm": [-0.05, -0.05, -0.04],
     },
+    "thing_colours": [[-0.05, -0.04, 0.03], [0.05, -0.05, -0.06]],  # of its things, in turn
     "state_noise": 0.003,
     "action_noise": 0.001,
 }
 VARIANTS = {"twin": TWIN, "standin": STANDIN}
 
 
-def scales(randomisation: str | dict[str, float]) -> dict[str, float]:
-    """The scale of every change: of a preset's name, or of a dict in which absent changes are off."""
+def scales(
+    randomisation: str | dict[str, float], full: dict[str, float] | None = None
+) -> dict[str, float]:
+    """The scale of every change: of a preset's name, or of a dict in which absent changes are off.
+
+    `full` holds the scales that a task takes for 1 where its own range is narrower.
+    """
+    chosen = _chosen(randomisation)
+    return {name: value * (full or {}).get(name, 1.0) for name, value in chosen.items()}
+
+
+def _chosen(randomisation: str | dict[str, float]) -> dict[str, float]:
     if isinstance(randomisation, str):
         if randomisation not in PRESETS:
             raise ValueError(f"randomisation is {randomisation!r}, not one of {sorted(PRESETS)}")
@@ -84,13 +96,25 @@ def scales(randomisation: str | dict[str, float]) -> dict[str, float]:
             close = difflib.get_close_matches(name, CHANGES, 1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"unknown change {name!r}, not one of {CHANGES}{hint}")
-    return PRESETS["none"] | {name: float(value) for name, value in randomisation.items()}
+    chosen = PRESETS["none"] | {name: float(value) for name, value in randomisation.items()}
+    for name, value in chosen.items():
+        if not 0.0 <= value <= 1.0:
+            raise ValueError(f"randomisation of {name} is {value:g}, must be from 0 to 1")
+    return chosen
 
 
 def draw(
-    rng: np.random.Generator, scale: dict[str, float], nominal: dict[str, Any]
+    rng: np.random.Generator,
+    scale: dict[str, float],
+    nominal: dict[str, Any],
+    things: Sequence[Thing] = (),
 ) -> dict[str, Any]:
     """One episode's draw around `nominal`. Every call takes the same amount of randomness from `rng`."""
+    centres, ranges = dict(nominal["colours"]), dict(COLOURS)
+    for i, thing in enumerate(things):
+        offered = nominal["thing_colours"]
+        centres[thing.name] = offered[i % len(offered)]
+        ranges[thing.name] = thing.colour_range
 
     def within(name: str, low: float, high: float, centre: float) -> float:
         return float(centre + scale[name] * (rng.uniform(low, high) - centre))
@@ -107,9 +131,8 @@ def draw(
         for name in scene.CAMERAS
     }
     colours = {
-        name: np.asarray(nominal["colours"][name])
-        + scale["colour"] * rng.uniform(-reach, reach, size=3)
-        for name, reach in COLOURS.items()
+        name: np.asarray(centres[name]) + scale["colour"] * rng.uniform(-reach, reach, size=3)
+        for name, reach in ranges.items()
     }
     # Masses are drawn on a logarithmic scale: half as heavy is as likely as twice as heavy.
     mass = float(np.exp(within("mass", *np.log(MASS), centre=np.log(nominal["mass"]))))

@@ -13,7 +13,7 @@ import numpy as np
 
 from twins import kinematics, rotation
 from twins.env import STATE_NAMES, TwinEnv, clip_action
-from twins.tasks.task import Snapshot
+from twins.snapshot import Snapshot
 
 NEAR = 0.08  # m around grasp and release within which the demonstrated path is kept
 SPACING = 0.004  # m, poses closer than this to the one before are pauses and are left out
@@ -68,7 +68,7 @@ def retarget(demonstration: Demonstration, configuration: dict[str, Any]) -> Pla
     pivot = np.array([*shown["object"][:2], 0.0])
     moved = np.array([*configuration["object"][:2], 0.0])
     with_object = (targets - pivot) @ turn.T + moved
-    shift = np.subtract(configuration["basket"], shown["basket"])
+    shift = np.subtract(configuration["basket"][:2], shown["basket"][:2])
     with_basket = targets + np.array([*shift, 0.0])
     # The hand's yaw goes with the object all the way: a carried object is not turned on its way.
     turns = turn @ turns
@@ -138,7 +138,7 @@ class Tracker:
     def actions(self, noise: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
         """The clean actions to learn from and the disturbed ones to execute, both (N, 7) float32."""
         env = self._env
-        now = env.world.snapshot(np.arange(env.num_envs))
+        now = env.snapshot()
         target, turn = env.targets()
         still = np.abs(now.width - self._width) < STILL
         self._width = now.width

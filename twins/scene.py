@@ -1,11 +1,15 @@
-"""What every tabletop task shares: physics options, table, light and cameras."""
+"""The MuJoCo scene of a task: physics options, arm, table, light and cameras, which all share, and its things."""
 
 from __future__ import annotations
+
+import itertools
 
 import mujoco
 import numpy as np
 
-from twins import arm
+from twins import arm, rotation
+from twins.shapes import Shape, Thing
+from twins.tasks.task import ARM, GRIPPER, TABLE, Task
 
 TIMESTEP = 0.002  # s; grasps slip from 4 ms on
 SUBSTEPS = 50  # of a control step: 10 Hz
@@ -13,10 +17,25 @@ CONTROL_HZ = 1.0 / (TIMESTEP * SUBSTEPS)
 CAMERAS = ("side", "wrist")
 TABLE_CENTRE, TABLE_HALF = (0.5, 0.0), (0.42, 0.6)  # m
 LIGHT = 0.6  # diffuse intensity of the lamp
+GEOMS = {
+    "box": mujoco.mjtGeom.mjGEOM_BOX,
+    "capsule": mujoco.mjtGeom.mjGEOM_CAPSULE,
+    "cylinder": mujoco.mjtGeom.mjGEOM_CYLINDER,
+    "sphere": mujoco.mjtGeom.mjGEOM_SPHERE,
+}
 
 
-def build_scene() -> mujoco.MjSpec:
-    """The arm on its table with two cameras and a lamp; a task adds its objects."""
+def build_scene(task: Task) -> mujoco.MjSpec:
+    """The arm on its table with two cameras and a lamp, the task's things, and sensors of its contacts."""
+    spec = _tabletop()
+    for thing in task.things:
+        _add_thing(spec, thing)
+    for pair in task.contacts:
+        _add_contact_sensors(spec, pair)
+    return spec
+
+
+def _tabletop() -> mujoco.MjSpec:
     spec = mujoco.MjSpec()
     spec.compiler.degree = (
         False  # MjSpec reads ranges and fovy's cousins in degrees unless told otherwise
@@ -65,6 +84,66 @@ def build_scene() -> mujoco.MjSpec:
     _add_camera(world, "side", [1.06, 0.0, 0.8], [0.47, 0.0, 0.06], fovy=39.0)
     _add_camera(spec.body("hand"), "wrist", [0.085, 0.0, 0.03], [0.03, 0.0, 0.125], fovy=75.0)
     return spec
+
+
+def _add_thing(spec: mujoco.MjSpec, thing: Thing) -> None:
+    # What a reset only places is a mocap body: each simulation has its own pose of it, and it costs no degrees
+    # of freedom.
+    body = spec.worldbody.add_body(
+        name=thing.name, mocap=not thing.free, pos=[0.5, 0, thing.height]
+    )
+    if thing.free:
+        body.add_freejoint(name=thing.name)
+    for shape in thing.shapes:
+        _add_shape(body, shape, thing.free)
+
+
+def _add_shape(body: mujoco.MjsBody, shape: Shape, free: bool) -> None:
+    contype, conaffinity = arm.PLACED, 0
+    if free:
+        contype, conaffinity = arm.OBJECT, arm.TABLE | arm.PLACED | arm.OBJECT
+    if not shape.solid:
+        contype = conaffinity = 0
+    body.add_geom(
+        name=shape.name,
+        type=GEOMS[shape.kind],
+        size=[*shape.size, 0, 0][:3],
+        pos=shape.position,
+        quat=rotation.quaternion(np.array(shape.turn)),
+        mass=shape.mass,
+        contype=contype,
+        conaffinity=conaffinity,
+        friction=shape.friction,
+        solref=arm.CONTACT,
+        rgba=[*shape.rgb, 1],
+    )
+
+
+def contact_sensors(pair: tuple[str, str]) -> list[str]:
+    """Names of the sensors that count the contacts of a pair."""
+    return [f"contact_{a}_{b}" for a, b in itertools.product(*(_parts(name) for name in pair))]
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    links = tuple(f"link{i + 1}" for i in range(len(arm.ARM_JOINTS)))
+    return {GRIPPER: ("hand", *arm.FINGERS), ARM: links}.get(name, (name,))
+
+
+def _add_contact_sensors(spec: mujoco.MjSpec, pair: tuple[str, str]) -> None:
+    for first, second in itertools.product(*(_parts(name) for name in pair)):
+        kinds = [
+            mujoco.mjtObj.mjOBJ_GEOM if part == TABLE else mujoco.mjtObj.mjOBJ_BODY
+            for part in (first, second)
+        ]
+        spec.add_sensor(
+            name=f"contact_{first}_{second}",
+            type=mujoco.mjtSensor.mjSENS_CONTACT,
+            objtype=kinds[0],
+            objname=first,
+            reftype=kinds[1],
+            refname=second,
+            intprm=[1 << int(mujoco.mjtConDataField.mjCONDATA_FOUND), 0, 1],
+        )
 
 
 def _add_camera(

@@ -1,0 +1,46 @@
+"""Simulators by name.
+
+A simulation backend is a factory `f(task, count, *, cameras, image_size, **options) -> Simulation`, which `TwinEnv`
+plays in; an environment backend `f(task_name, num_envs, **everything) -> Env` brings its own tasks.
+Another package adds one by an entry point in the group `twinrl.backends`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from importlib.metadata import entry_points
+from typing import Any, NamedTuple
+
+GROUP = "twinrl.backends"
+
+
+class Backend(NamedTuple):
+    """How to reach a backend; loading waits until it is used."""
+
+    target: str  # "module:factory"
+    is_simulation: bool  # False: it makes whole environments
+
+    def load(self) -> Any:
+        """The factory."""
+        module, _, name = self.target.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+
+BACKENDS: dict[str, Backend] = {
+    "mujoco": Backend("twins.backends.mujoco_cpu:MujocoSimulation", True),
+}
+
+
+def find_backend(name: str) -> Backend:
+    """The backend called `name`, built in or another package's."""
+    if name in BACKENDS:
+        return BACKENDS[name]
+    others = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if name in others:
+        factory = others[name].load()
+        return Backend(others[name].value, getattr(factory, "is_simulation", True))
+    known = sorted({*BACKENDS, *others})
+    close = difflib.get_close_matches(name, known, 1, cutoff=0.4)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"unknown backend {name!r}, not one of {known}{hint}")

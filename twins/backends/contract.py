@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from twins.tasks.task import Snapshot
+from twins.snapshot import Snapshot
 
 
 class Capabilities(NamedTuple):

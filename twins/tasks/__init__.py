@@ -1,21 +1,27 @@
-"""Tasks by name."""
+"""Tasks by name. Another package adds one by an entry point in the group `twinrl.tasks`."""
 
 from __future__ import annotations
 
 import difflib
+from importlib.metadata import entry_points
 
 from twins.tasks.pick_and_place import PickAndPlace
 from twins.tasks.task import Snapshot, Task
 
-TASKS: dict[str, type] = {PickAndPlace.name: PickAndPlace}
+GROUP = "twinrl.tasks"
+TASKS: dict[str, type] = {task.name: task for task in (PickAndPlace,)}
 
-__all__ = ["TASKS", "PickAndPlace", "Snapshot", "Task", "make_task"]
+__all__ = ["TASKS", "Snapshot", "Task", "make_task"]
 
 
 def make_task(name: str) -> Task:
-    """The task called `name`."""
-    if name not in TASKS:
-        close = difflib.get_close_matches(name, TASKS, 1, cutoff=0.4)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"unknown task {name!r}, not one of {sorted(TASKS)}{hint}")
-    return TASKS[name]()
+    """The task called `name`, built in or another package's."""
+    if name in TASKS:
+        return TASKS[name]()
+    others = {entry.name: entry for entry in entry_points(group=GROUP)}
+    if name in others:
+        return others[name].load()()
+    known = sorted({*TASKS, *others})
+    close = difflib.get_close_matches(name, known, 1, cutoff=0.4)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"unknown task {name!r}, not one of {known}{hint}")

@@ -7,27 +7,32 @@ success in every simulator. They never write into what they get.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
-import numpy as np
+from array_api_compat import array_namespace, device
 
 from twins.shapes import Thing
+from twins.snapshot import ARM, GRIPPER, TABLE, Array, Snapshot
 
-Array = Any  # numpy.ndarray or torch.Tensor
-GRIPPER, ARM, TABLE = "gripper", "arm", "table"  # parts that a contact pair may name beside things
+__all__ = ["ARM", "GRIPPER", "TABLE", "Array", "Box", "Memory", "Snapshot", "Task", "down"]
 
 
-class Snapshot(NamedTuple):
-    """The true state of n simulations. Positions in m in the robot base frame, velocities in m/s and rad/s."""
+def down(like: Array) -> Array:
+    """(3, 3), the hand's orientation at yaw 0: it points down and the fingers open along y."""
+    xp = array_namespace(like)
+    return xp.asarray(
+        [[1.0, 0.0, 0.0], [0.0, -1.0, 0.0], [0.0, 0.0, -1.0]],
+        dtype=like.dtype,
+        device=device(like),
+    )
 
-    tcp: Array  # (n, 3)
-    tcp_turn: Array  # (n, 3, 3)
-    width: Array  # (n,) distance between the fingertips, 0 .. 0.08 m
-    position: dict[str, Array]  # {thing: (n, 3)}, of all things
-    turn: dict[str, Array]  # {thing: (n, 3, 3)}, of all things
-    velocity: dict[str, Array]  # {thing: (n, 6)} linear, angular; of free things
-    contact: dict[tuple[str, str], Array]  # {pair: (n,) bool} of the task's `contacts`
-    memory: dict[str, Array]  # {name: (n, ...)}, what the task remembers of the episode
+
+class Box(NamedTuple):
+    """Where a thing may lie at a reset: ranges in m, m and rad."""
+
+    x: tuple[float, float]
+    y: tuple[float, float]
+    yaw: tuple[float, float] = (0.0, 0.0)
 
 
 class Memory(NamedTuple):
@@ -48,11 +53,13 @@ class Task(Protocol):
     memory: dict[str, Memory]
     privileged_names: tuple[str, ...]
     randomisation: dict[str, float]  # scale of a change at "full", where it is not 1
+    term_names: tuple[str, ...]  # of `terms`
+    regions: dict[str, dict[str, Box]]  # {"id": {thing: where}, "ood": ...}; all things in each
     grasped: str  # the thing that the hand takes
     goal: str  # the thing it is taken to
 
-    def draw(self, rng: np.random.Generator, region: str) -> dict[str, Any]:
-        """Where things lie at a reset from `region` ("id", "ood"): {thing: [x, y, yaw] or [x, y]}."""
+    def fits(self, placement: dict[str, list[float]]) -> bool:
+        """Whether things drawn independently ({thing: [x, y, yaw]}) may lie so together."""
 
     def remember(self, now: Snapshot) -> dict[str, Array]:
         """What to remember after a step, by name; `now.memory` holds what was remembered before it."""
