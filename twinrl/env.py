@@ -6,11 +6,11 @@ plus `step_chunk`, which executes an action chunk and renders images once, at it
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Dict, NamedTuple, Protocol
 
 import numpy as np
 
-Observation = dict[str, np.ndarray]
+Observation = Dict[str, np.ndarray]  # Python 3.8, where simulators of their own import this
 
 STATE = "observation.state"
 PRIVILEGED = "privileged.state"
