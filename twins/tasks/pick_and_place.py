@@ -13,7 +13,7 @@ from array_api_compat import array_namespace
 
 from twins import rotation
 from twins.shapes import Shape, Thing
-from twins.tasks.task import GRIPPER, Array, Box, Memory, Snapshot, down
+from twins.tasks.task import GRIPPER, Array, Box, Finish, Grasp, Memory, Snapshot, down
 
 RADIUS, TIP_RADIUS = 0.018, 0.015  # m, of the banana at its middle and its ends
 OBJECT_MASS = 0.12  # kg
@@ -78,6 +78,8 @@ class PickAndPlace:
     max_steps = 64
     things = (_banana(), _basket())
     grasped, goal = "object", "basket"
+    grasp = Grasp(width=0.034)
+    finish = Finish(position=(0.0, 0.0, RADIUS + 2 * WALL), spread=(0.03, 0.03))
     contacts = (TOUCH,)
     memory: dict[str, Memory] = {}  # noqa: RUF012
     randomisation: dict[str, float] = {}  # noqa: RUF012

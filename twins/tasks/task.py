@@ -11,10 +11,22 @@ from typing import NamedTuple, Protocol
 
 from array_api_compat import array_namespace, device
 
-from twins.shapes import Thing
+from twins.shapes import Thing, Vector
 from twins.snapshot import ARM, GRIPPER, TABLE, Array, Snapshot
 
-__all__ = ["ARM", "GRIPPER", "TABLE", "Array", "Box", "Memory", "Snapshot", "Task", "down"]
+__all__ = [
+    "ARM",
+    "GRIPPER",
+    "TABLE",
+    "Array",
+    "Box",
+    "Finish",
+    "Grasp",
+    "Memory",
+    "Snapshot",
+    "Task",
+    "down",
+]
 
 
 def down(like: Array) -> Array:
@@ -33,6 +45,27 @@ class Box(NamedTuple):
     x: tuple[float, float]
     y: tuple[float, float]
     yaw: tuple[float, float] = (0.0, 0.0)
+
+
+class Grasp(NamedTuple):
+    """How the hand, pointing down, holds the thing that it takes."""
+
+    width: float  # m, between the fingertips while it is held
+    position: Vector = (0.0, 0.0, 0.0)  # m, of the tcp in the thing's frame
+    yaw: float = 0.0  # rad, of the hand in the thing's frame; the fingers open along the hand's y
+    turns: int = (
+        2  # at how many yaws of a full turn it is held just the same (a box: 2, a hexagon: 6)
+    )
+
+
+class Finish(NamedTuple):
+    """Where the grasped thing is in the goal's frame when the task is done."""
+
+    position: Vector  # m, of its origin
+    spread: tuple[float, float] = (0.0, 0.0)  # m either way along the goal's x and y
+    yaw: float = 0.0  # rad, of the thing in the goal's frame
+    turns: int = 0  # at how many yaws of a full turn it may be there; 0: at any
+    released: bool = True  # False: the hand keeps it (it is a tool)
 
 
 class Memory(NamedTuple):
@@ -57,6 +90,8 @@ class Task(Protocol):
     regions: dict[str, dict[str, Box]]  # {"id": {thing: where}, "ood": ...}; all things in each
     grasped: str  # the thing that the hand takes
     goal: str  # the thing it is taken to
+    grasp: Grasp  # these two place labelled scenes (`twins.labels`) and move demonstrations (`twins.retarget`)
+    finish: Finish
 
     def fits(self, placement: dict[str, list[float]]) -> bool:
         """Whether things drawn independently ({thing: [x, y, yaw]}) may lie so together."""
