@@ -29,6 +29,7 @@ class Backend(NamedTuple):
 
 BACKENDS: dict[str, Backend] = {
     "mujoco": Backend("twins.backends.mujoco_cpu:MujocoSimulation", True),
+    "gymnasium": Backend("twins.backends.gymnasium_env:GymnasiumEnv", False),
 }
 
 
