@@ -126,6 +126,12 @@ class Controller:
         """
         return self._here().observe(ids, tcp, turn, width, disturbance)
 
+    def noise(
+        self, seed: np.ndarray, step: np.ndarray, spread: np.ndarray, stream: int
+    ) -> np.ndarray:
+        """Normal numbers (n, 6) as the function `noise` draws them. The result is overwritten by the next call."""
+        return self._here().noise(seed, step, spread, stream)
+
     def _here(self) -> _Host:
         if self._host is None:
             raise ValueError(
@@ -153,7 +159,8 @@ class _Host:
         self._seen = tcp.numpy(), turn.numpy(), width.numpy()
         self._results = own.executed.numpy(), own.goal.numpy(), own.opening.numpy()
         self._state = own.state.numpy()
-        head, results = (ids, own._everyone), (own.executed, own.goal, own.opening)
+        head: tuple[wp.array, ...] = (ids, own._everyone)
+        results = own.executed, own.goal, own.opening
 
         def prepared(kernel: wp.Kernel, *inputs: Any) -> wp.Launch:
             return wp.launch(kernel, count, inputs=[*head, *inputs], device="cpu", record_cmd=True)
@@ -163,6 +170,10 @@ class _Host:
         self._command = prepared(kernels.command, *command)
         observe = tcp, turn, width, unseen, own.target, own.turn, own.actions, own.state
         self._observe = prepared(kernels.observe, *observe)
+        seed, step, spread, drawn = rows(wp.int32), rows(wp.int32), rows(wp.float32), rows(Six)
+        self._sown, self._drawn = (seed.numpy(), step.numpy(), spread.numpy()), drawn.numpy()
+        head = ()
+        self._noise = [prepared(kernels.noise, seed, step, spread, k, drawn) for k in (0, 1)]
 
     def _run(self, launch: wp.Launch, ids: np.ndarray) -> int:
         n = len(ids)
@@ -207,6 +218,38 @@ class _Host:
         self._run(self._observe, ids)
         return self._state[:n]
 
+    def noise(
+        self, seed: np.ndarray, step: np.ndarray, spread: np.ndarray, stream: int
+    ) -> np.ndarray:
+        n = len(seed)
+        for buffer, values in zip(self._sown, (seed, step, spread), strict=True):
+            buffer[:n] = values
+        self._noise[stream].set_dim(n)
+        self._noise[stream].launch()
+        return self._drawn[:n]
+
+
+class ToolPoses:
+    """Tool poses of up to `count` arms on the CPU, without preparing a launch each time."""
+
+    def __init__(self, count: int) -> None:
+        joints, tcp, turn = (
+            wp.zeros(count, dtype=dtype, device="cpu") for dtype in (Seven, wp.vec3, wp.mat33)
+        )
+        self._joints, self._tcp, self._turn = joints.numpy(), tcp.numpy(), turn.numpy()
+        self._launch = wp.launch(
+            kernels.forward, count, inputs=[joints, tcp, turn], device="cpu", record_cmd=True
+        )
+
+    def __call__(self, joints: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Positions (n, 3) in m and orientations (n, 3, 3), float32, at `joints` (n, 7) in rad."""
+        n = len(joints)
+        self._joints[:n] = joints
+        if n:
+            self._launch.set_dim(n)
+            self._launch.launch()
+        return self._tcp[:n].copy(), self._turn[:n].copy()
+
 
 def forward(joints: Any, tcp: Any, turn: Any) -> None:
     """Write the tool's poses at `joints` (N, 7) to `tcp` (N, 3) and `turn` (N, 3, 3); float32, of one device."""
@@ -224,6 +267,13 @@ def noise(seed: Any, step: Any, spread: Any, stream: int, drawn: Any) -> None:
     rows = _array(drawn, Six)
     given = [_array(seed, wp.int32), _array(step, wp.int32), _array(spread, wp.float32), stream]
     wp.launch(kernels.noise, len(rows), inputs=given, outputs=[rows], device=rows.device)
+
+
+def seed_of(number: int) -> int:
+    """A seed of any size as the 31 bits that kernels take."""
+    while number >> 31:
+        number = (number & 0x7FFFFFFF) ^ (number >> 31)
+    return number
 
 
 def _array(values: Any, dtype: Any) -> wp.array:

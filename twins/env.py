@@ -14,17 +14,17 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from twinrl.env import ACTION_DIM, PRIVILEGED, STATE, ChunkStep, EnvSpec, Observation, image_key
 from twins import kinematics, randomise, rotation, scene
 from twins.backends.contract import Simulation, SimulationLost
+from twins.control import Controller, seed_of
+from twins.kinematics import MAX_SHIFT, MAX_TURN
 from twins.regions import ALL, check_region, draw, make_regions
 from twins.snapshot import Snapshot
 from twins.tasks.task import Task
 
 log = logging.getLogger(__name__)
 
-MAX_SHIFT, MAX_TURN = 0.03, 0.2  # m and rad, the longest step of one action
-REACH, REACH_TURN = 0.15, 0.8  # m and rad, how far the commanded pose may lead the measured one
-BOX = np.array([(0.25, -0.42, 0.012), (0.78, 0.42, 0.5)])  # m, where the commanded tcp may go
 JOINT_NOISE = 0.06  # rad, standard deviation of the arm's start
 SUCCESS = "success"  # the reward's sparse term
+ACTION_STREAM, STATE_STREAM = 0, 1  # of the noise
 FARTHEST, FASTEST = 10.0, 1000.0  # m, m/s or rad/s: beyond these a simulation has diverged
 MakeSimulation = Callable[..., Simulation]
 
@@ -55,7 +55,8 @@ def state_vector(
 ) -> np.ndarray:
     """`observation.state` (n, S) of measured poses, commanded poses and the last two actions (n, 2, 7).
 
-    Angles are rotation vectors in rad, `tcp_turn` from the hand pointing down; lengths are in m.
+    Angles are rotation vectors in rad, `tcp_turn` from the hand pointing down; lengths are in m. In an episode
+    the same is computed by `control.Controller.observe`.
     """
     columns = [
         now.tcp,
@@ -160,19 +161,13 @@ class TwinEnv(VectorEnv):
         self.observation_space = batch(self.single_observation_space, self.num_envs)
 
     def _allocate(self) -> None:
-        count, pending = self.num_envs, randomise.MAX_LATENCY + 1
+        count = self.num_envs
         self._configurations: list[dict[str, Any]] = [{} for _ in range(count)]
-        self._target, self._turn = np.zeros((count, 3)), np.zeros((count, 3, 3))
-        self._joints = np.zeros((count, kinematics.JOINTS))  # last joint targets
-        # What was commanded in the last steps, newest first; latency says which of them reaches the servos.
-        self._pending_target = np.zeros((count, pending, 3))
-        self._pending_turn = np.zeros((count, pending, 3, 3))
-        self._pending_gripper = np.ones((count, pending))
-        self._latency = np.zeros(count, int)
-        self._actions = np.zeros((count, 2, ACTION_DIM))
-        self._state_noise: dict[int, np.ndarray] = {}
-        self._action_noise: dict[int, np.ndarray] = {}
-        self._steps = np.zeros(count, int)
+        self._controller = Controller(count)
+        # Of each episode: where its noise comes from, and how strong it is.
+        self._seeds = np.zeros(count, np.int32)
+        self._state_noise, self._action_noise = np.zeros((2, count), np.float32)
+        self._steps = np.zeros(count, np.int32)
         # Nothing can be stepped before its first reset.
         self._terminated, self._truncated = np.ones(count, bool), np.zeros(count, bool)
         self._success, self._invalid = np.zeros(count, bool), np.zeros(count, bool)
@@ -257,30 +252,17 @@ class TwinEnv(VectorEnv):
         """Start the episodes that the configurations of `ids` describe."""
         configurations = [self._configurations[i] for i in ids]
         self.simulation.configure(ids, configurations)
-        self._joints[ids] = self.simulation.joints(ids)
-        target, turn = kinematics.forward(self._joints[ids])
-        self._target[ids], self._turn[ids] = target, turn
-        self._pending_target[ids], self._pending_turn[ids] = target[:, None], turn[:, None]
-        self._pending_gripper[ids] = 1.0
-        self._actions[ids] = 0.0
-        self._actions[ids, :, 6] = 1.0
+        draws = [configuration["draw"] for configuration in configurations]
+        latency = [draw["latency"] for draw in draws]
+        self._controller.begin(ids, self.simulation.joints(ids), latency)
+        self._state_noise[ids] = [draw["state_noise"] for draw in draws]
+        self._action_noise[ids] = [draw["action_noise"] for draw in draws]
+        self._seeds[ids] = [seed_of(configuration["seed"]) for configuration in configurations]
         self._steps[ids] = 0
         for flags in (self._terminated, self._truncated, self._success, self._invalid):
             flags[ids] = False
         for memory in self._memory.values():
             memory[ids] = 0
-        for i, configuration in zip(ids, configurations, strict=True):
-            draw = configuration["draw"]
-            self._latency[i] = draw["latency"]
-            rng = np.random.default_rng([configuration["seed"], 1])
-            shape = (self.max_steps + 1, 6)
-            tables = {"state_noise": self._state_noise, "action_noise": self._action_noise}
-            for name, table in tables.items():
-                table.pop(i, None)
-                if draw[name]:
-                    # A degree of angle goes with 3 mm of position.
-                    spread = draw[name] * np.array([1, 1, 1, 6, 6, 6])
-                    table[i] = spread * rng.normal(size=shape)
         self._write_vectors(ids, self._look(ids))
         self._write_images(ids)
 
@@ -354,39 +336,15 @@ class TwinEnv(VectorEnv):
 
         Returns the clipped actions (m, 7) of the m simulations that came through, and which they are.
         """
-        actions = clip_action(actions)
-        moved = actions[:, :6].astype(float)
-        if self._action_noise:
-            for row, i in enumerate(ids):
-                if i in self._action_noise:
-                    moved[row] += self._action_noise[i][self._steps[i]]
-        tip, tool = kinematics.forward(self.simulation.joints(ids))
-        target = self._target[ids] + moved[:, :3]
-        turn = rotation.exp(moved[:, 3:]) @ self._turn[ids]
-        target = np.clip(tip + rotation.clip_norm(target - tip, REACH), *BOX)
-        lead = rotation.log(turn @ tool.swapaxes(1, 2))
-        turn = rotation.exp(rotation.clip_norm(lead, REACH_TURN)) @ tool
-        self._target[ids], self._turn[ids] = target, turn
-        for pending, newest in (
-            (self._pending_target, target),
-            (self._pending_turn, turn),
-            (self._pending_gripper, actions[:, 6]),
-        ):
-            pending[ids, 1:] = pending[ids, :-1]
-            pending[ids, 0] = newest
-        late = ids, self._latency[ids]
-        joints = kinematics.solve(
-            self._joints[ids], self._pending_target[late], self._pending_turn[late]
-        )
-        self._joints[ids] = joints
+        unseen = self._noise(ids, self._action_noise, ACTION_STREAM)
+        measured = self.simulation.joints(ids)
+        actions, joints, opening = self._controller.command(ids, actions, measured, unseen)
         try:
-            self.simulation.step(ids, joints, self._pending_gripper[late])
+            self.simulation.step(ids, joints, opening)
             now = self._look(ids)
         except SimulationLost as error:
             self._fail(np.arange(self.num_envs), str(error))
             return actions[:0], ids[:0]
-        self._actions[ids, 1] = self._actions[ids, 0]
-        self._actions[ids, 0] = actions
         self._steps[ids] += 1
         good = _sound(now)
         if not good.all():
@@ -398,6 +356,13 @@ class TwinEnv(VectorEnv):
         self._write_vectors(ids, now)
         self._judge(ids, now, actions[:, 6])
         return actions, ids
+
+    def _noise(self, ids: np.ndarray, spread: np.ndarray, stream: int) -> np.ndarray | None:
+        """Noise (n, 6) of this step with the standard deviations `spread` (N,) m; None where there is none."""
+        strength = spread[ids]
+        if not strength.any():
+            return None
+        return self._controller.noise(self._seeds[ids], self._steps[ids], strength, stream)
 
     def _judge(self, ids: np.ndarray, now: Snapshot, gripper: np.ndarray) -> None:
         """Success, reward and ending of the step that led to `now`."""
@@ -429,11 +394,8 @@ class TwinEnv(VectorEnv):
         return self._look(np.arange(self.num_envs))
 
     def _write_vectors(self, ids: np.ndarray, now: Snapshot) -> None:
-        state = state_vector(now, self._target[ids], self._turn[ids], self._actions[ids])
-        if self._state_noise:
-            for row, i in enumerate(ids):
-                if i in self._state_noise:
-                    state[row, :6] += self._state_noise[i][self._steps[i]]
+        unseen = self._noise(ids, self._state_noise, STATE_STREAM)
+        state = self._controller.observe(ids, now.tcp, now.tcp_turn, now.width, unseen)
         self._observation[STATE][ids] = state
         self._observation[PRIVILEGED][ids] = self.task.privileged(now)
 
@@ -456,7 +418,8 @@ class TwinEnv(VectorEnv):
 
     def targets(self) -> tuple[np.ndarray, np.ndarray]:
         """The commanded tcp positions (N, 3) in m and orientations (N, 3, 3)."""
-        return self._target.copy(), self._turn.copy()
+        controller = self._controller
+        return controller.target.numpy().astype(float), controller.turn.numpy().astype(float)
 
     def expert(self, noise: float = 0.0) -> np.ndarray:
         """The scripted expert's actions (N, 7) float32 for the present states.
@@ -464,7 +427,7 @@ class TwinEnv(VectorEnv):
         It keeps no memory: calling it changes nothing, and it takes over from a policy at any step. `noise` adds a
         disturbance with that fraction of the step limits as standard deviation; clean labels are a second call.
         """
-        action = clip_action(self.task.expert(self.snapshot(), self._target, self._turn))
+        action = clip_action(self.task.expert(self.snapshot(), *self.targets()))
         return self.disturb(action, noise).astype(np.float32)
 
     def disturb(self, actions: np.ndarray, noise: float) -> np.ndarray:

@@ -10,7 +10,8 @@ import numpy as np
 
 from twins import arm, kinematics, randomise, regions, rotation
 from twins.backends.mujoco_cpu import MujocoSimulation
-from twins.env import BOX, TwinEnv, state_vector
+from twins.env import TwinEnv, state_vector
+from twins.kinematics import BOX
 from twins.tasks import pick_and_place as task
 
 APPEARANCE = {"light": 1.0, "camera": 1.0, "colour": 1.0}

@@ -11,6 +11,7 @@ from mujoco.batch import Batch
 
 from twins import arm, kinematics, rotation, scene
 from twins.backends.contract import Capabilities
+from twins.control import ToolPoses
 from twins.randomise import COLOURS
 from twins.snapshot import Snapshot
 from twins.tasks.task import Task
@@ -50,6 +51,7 @@ class MujocoSimulation:
         self._gain, self._bias = batch.expand("actuator_gainprm"), batch.expand("actuator_biasprm")
         self._weighed = np.ones(count)  # the mass factor that set_const last saw
         self._find_things()
+        self._tool_poses = ToolPoses(count)
         self._renderer = None
         if self.cameras:
             self._prepare_images(image_size, device)
@@ -186,7 +188,7 @@ class MujocoSimulation:
     def snapshot(self, ids: np.ndarray) -> Snapshot:
         """See the contract. Contacts are those of the last physics step's beginning."""
         qpos = self.qpos[ids]
-        tcp, tcp_turn = kinematics.forward(qpos[:, ARM])
+        tcp, tcp_turn = self._tool_poses(qpos[:, ARM])
         position, turn, velocity = {}, {}, {}
         for name, (at, dof) in self._free.items():
             position[name] = qpos[:, at : at + 3]
