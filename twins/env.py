@@ -220,12 +220,13 @@ class TwinEnv(VectorEnv):
         drawn = ("id", "ood")[rng.integers(2)]  # always, so that one seed means one layout
         region = drawn if region == ALL else region
         nominal = randomise.VARIANTS[self.variant]
+        spread = JOINT_NOISE * self.randomisation["joints"]
         return {
             "task": self.task.name,
             "region": region,
             "seed": seed,
-            **draw(rng, self.task, self.regions[region]),
-            "joints": (JOINT_NOISE * rng.normal(size=kinematics.JOINTS)).tolist(),
+            **draw(rng, self.task, self.regions[region], self.randomisation["poses"]),
+            "joints": (spread * rng.normal(size=kinematics.JOINTS)).tolist(),
             "draw": randomise.draw(rng, self.randomisation, nominal, self.task.things),
         }
 

@@ -1,14 +1,15 @@
-"""Domain randomisation: what may differ between two episodes beside where things lie.
+"""Domain randomisation: what may differ between two episodes.
 
 A draw is a plain dict inside the configuration, so an episode carries everything needed to repeat it. A scale
 of 0 keeps the nominal value, 1 draws from the full range, and values between shrink the range towards the nominal.
+Where things lie and how the arm starts are a task's reset distribution: they vary unless they are switched off.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,9 @@ import numpy as np
 from twins import scene
 from twins.shapes import Thing
 
+RESETS = ("poses", "joints")
 CHANGES = (
+    *RESETS,
     "latency",
     "friction",
     "mass",
@@ -27,7 +30,10 @@ CHANGES = (
     "state_noise",
     "action_noise",
 )
-PRESETS = {"none": dict.fromkeys(CHANGES, 0.0), "full": dict.fromkeys(CHANGES, 1.0)}
+PRESETS = {
+    "none": {name: float(name in RESETS) for name in CHANGES},
+    "full": dict.fromkeys(CHANGES, 1.0),
+}
 MAX_LATENCY = 2  # control steps between a command and its execution
 FRICTION, MASS, SERVO, LIGHT = (0.5, 1.3), (0.5, 3.0), (0.6, 1.2), (0.35, 0.8)
 CAMERA_SHIFT = {"side": 0.03, "wrist": 0.01}  # m; the wrist camera is bolted on
@@ -78,7 +84,7 @@ VARIANTS = {"twin": TWIN, "standin": STANDIN}
 def scales(
     randomisation: str | dict[str, float], full: dict[str, float] | None = None
 ) -> dict[str, float]:
-    """The scale of every change: of a preset's name, or of a dict in which absent changes are off.
+    """The scale of every change: of a preset's name, or of a dict; what it leaves out is as in "none".
 
     `full` holds the scales that a task takes for 1 where its own range is narrower.
     """
@@ -89,18 +95,26 @@ def scales(
 def _chosen(randomisation: str | dict[str, float]) -> dict[str, float]:
     if isinstance(randomisation, str):
         if randomisation not in PRESETS:
-            raise ValueError(f"randomisation is {randomisation!r}, not one of {sorted(PRESETS)}")
+            hint = _nearest(randomisation, PRESETS)
+            raise ValueError(
+                f"randomisation is {randomisation!r}, not one of {sorted(PRESETS)}{hint}"
+            )
         return dict(PRESETS[randomisation])
     for name in randomisation:
         if name not in CHANGES:
-            close = difflib.get_close_matches(name, CHANGES, 1)
-            hint = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"unknown change {name!r}, not one of {CHANGES}{hint}")
+            raise ValueError(
+                f"unknown change {name!r}, not one of {CHANGES}{_nearest(name, CHANGES)}"
+            )
     chosen = PRESETS["none"] | {name: float(value) for name, value in randomisation.items()}
     for name, value in chosen.items():
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"randomisation of {name} is {value:g}, must be from 0 to 1")
     return chosen
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, names, 1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def draw(

@@ -72,12 +72,24 @@ def check_region(name: str, regions: Regions) -> str:
     return name
 
 
-def draw(rng: np.random.Generator, task: Task, region: dict[str, Box]) -> dict[str, list[float]]:
-    """{thing: [x, y, yaw] in m and rad}, each uniform in its box, drawn again until they fit together."""
+def draw(
+    rng: np.random.Generator, task: Task, region: dict[str, Box], scale: float = 1.0
+) -> dict[str, list[float]]:
+    """{thing: [x, y, yaw] in m and rad}, each uniform in its box, drawn again until they fit together.
+
+    `scale` shrinks the boxes around their centres: at 0 every thing is at the centre of its own.
+    """
     for _ in range(TRIES):
         placement = {
-            thing: [float(rng.uniform(*span)) for span in box] for thing, box in region.items()
+            thing: [float(rng.uniform(*_shrunk(span, scale))) for span in box]
+            for thing, box in region.items()
         }
         if task.fits(placement):
             return placement
     raise ValueError(f"{task.name}: {TRIES} draws found no room for {', '.join(region)} together")
+
+
+def _shrunk(span: tuple[float, float], scale: float) -> tuple[float, float]:
+    low, high = span
+    margin = (1.0 - scale) / 2.0 * (high - low)
+    return low + margin, high - margin
