@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import mujoco
@@ -16,9 +17,20 @@ from twins.randomise import COLOURS
 from twins.snapshot import Snapshot
 from twins.tasks.task import Task
 
+log = logging.getLogger(__name__)
+
 POSITION_STAGE = int(mujoco.mjtStage.mjSTAGE_POS)
 ARM = slice(0, kinematics.JOINTS)
 GRIPPER = slice(kinematics.JOINTS, kinematics.JOINTS + 2)
+
+
+def _log_warnings() -> None:
+    """Hand MuJoCo's warnings to `logging`; left alone it writes MUJOCO_LOG.TXT into the working directory.
+
+    They come from the batch's threads too. A handler that the process has set already stays.
+    """
+    if mujoco.get_mju_user_warning() is None:
+        mujoco.set_mju_user_warning(lambda message: log.warning("MuJoCo: %s", message))
 
 
 class MujocoSimulation:
@@ -38,6 +50,7 @@ class MujocoSimulation:
         threads: int = 1,
         device: str = "cpu",
     ):
+        _log_warnings()
         self.task, self.count = task, count
         self.cameras, self.image_size = tuple(cameras), image_size
         self.model = model = scene.build_scene(task).compile()
