@@ -20,15 +20,27 @@ class Backend(NamedTuple):
 
     target: str  # "module:factory"
     is_simulation: bool  # False: it makes whole environments
+    environment: str = "twins.env:TwinEnv"  # "module:class", plays our tasks in a simulation
 
     def load(self) -> Any:
         """The factory."""
-        module, _, name = self.target.partition(":")
-        return getattr(importlib.import_module(module), name)
+        return _load(self.target)
+
+    def load_environment(self) -> Any:
+        """The class of environments that play in the simulation."""
+        return _load(self.environment)
+
+
+def _load(target: str) -> Any:
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 BACKENDS: dict[str, Backend] = {
     "mujoco": Backend("twins.backends.mujoco_cpu:MujocoSimulation", True),
+    "mujoco-warp": Backend(
+        "twins.device_worlds:DeviceWorlds", True, "twins.device_env:DeviceTwinEnv"
+    ),
     "gymnasium": Backend("twins.backends.gymnasium_env:GymnasiumEnv", False),
 }
 
