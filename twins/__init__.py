@@ -38,7 +38,8 @@ def make_env(
     `randomisation` is "none", "full", or the scale of each change (`twins.randomise.CHANGES`). `reward` gives
     weights to the task's dense terms, beside {"success": 1.0}. `region` is where resets draw from unless they say
     otherwise, one of the task's or of `regions`, {name: {thing: {"x": [low, high], "y": ..., "yaw": ...}}}.
-    `device` ("cpu" or "cuda") traces the images; `threads` are the physics'. `render=False` leaves images out.
+    `device` ("cpu" or "cuda") traces the images, and is where everything happens with the backend "mujoco-warp";
+    `threads` are the physics'. `render=False` leaves images out.
     `options` go to the backend.
     """
     from twins.backends import find_backend
@@ -57,14 +58,16 @@ def make_env(
 
     from functools import partial
 
-    from twins.env import TwinEnv
     from twins.tasks import make_task
 
-    own = {"threads": threads, "device": device} if backend == "mujoco" else {}
-    return TwinEnv(
+    own: dict[str, dict[str, Any]] = {
+        "mujoco": {"threads": threads, "device": device},
+        "mujoco-warp": {"device": device},
+    }
+    return found.load_environment()(
         make_task(task),
         num_envs,
-        partial(found.load(), **own, **(options or {})),
+        partial(found.load(), **own.get(backend, {}), **(options or {})),
         variant=variant,
         randomisation=randomisation,
         reward=reward,
