@@ -1,0 +1,1 @@
+"""Stand-in of Isaac Gym, Preview 4: see the README beside."""
