@@ -15,7 +15,7 @@ from twins.backends.contract import Capabilities
 from twins.control import ToolPoses
 from twins.randomise import COLOURS
 from twins.snapshot import Snapshot
-from twins.tasks.task import Task
+from twins.tasks import Task, make_task
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ class MujocoSimulation:
 
     def __init__(
         self,
-        task: Task,
+        task: Task | dict[str, Any],
         count: int,
         *,
         cameras: tuple[str, ...] = (),
@@ -50,7 +50,9 @@ class MujocoSimulation:
         threads: int = 1,
         device: str = "cpu",
     ):
+        """`task` is a task, or its description (`twins.scene_description`), which is what a worker is told."""
         _log_warnings()
+        task = make_task(task["task"]) if isinstance(task, dict) else task
         self.task, self.count = task, count
         self.cameras, self.image_size = tuple(cameras), image_size
         self.model = model = scene.build_scene(task).compile()
