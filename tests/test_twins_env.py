@@ -7,6 +7,7 @@ from gymnasium.vector import AutoresetMode
 
 import twins
 from twinrl.env import PRIVILEGED, STATE, image_key
+from twins.backends.contract import SimulationLost
 from twins.env import MAX_SHIFT, MAX_TURN, clip_action
 
 ENVS = 6
@@ -228,6 +229,28 @@ def _of(step, rows):
     fields = {name: value[rows] for name, value in step._asdict().items() if name != "observation"}
     observation = {key: value[rows] for key, value in step.observation.items()}
     return type(step)(observation=observation, **fields)
+
+
+def test_a_simulation_lost_in_a_reset_is_told_of_with_the_next_step(monkeypatch):
+    env = make()
+    env.reset(seed=0)
+
+    def lose(*_):
+        raise SimulationLost("its process was killed")
+
+    for method in ("configure", "snapshot", "step"):
+        with monkeypatch.context() as broken:
+            broken.setattr(env.simulation, method, lose)
+            if method == "configure":
+                env.reset(options={"reset_mask": np.arange(ENVS) == 1})
+            elif method == "snapshot":
+                env.expert()
+            result = env.step_chunk(actions(0, 2))
+        assert result.invalid.all() and result.done.all() and not result.mask.any(), method
+        assert not env.step_chunk(actions(0, 2)).done.any()  # told once
+        env.reset()
+        assert env.step_chunk(actions(0, 2)).mask.all(), method
+    assert env.invalid_episodes == 3 * ENVS
 
 
 def test_dense_terms_are_paid_with_the_weights_asked_for():

@@ -171,6 +171,7 @@ class TwinEnv(VectorEnv):
         # Nothing can be stepped before its first reset.
         self._terminated, self._truncated = np.ones(count, bool), np.zeros(count, bool)
         self._success, self._invalid = np.zeros(count, bool), np.zeros(count, bool)
+        self._void = np.zeros(count, bool)  # failed in a reset: the next step tells of it
         self._reward = np.zeros(count, np.float32)
         self._memory = {
             name: np.zeros((count, *m.shape), m.dtype) for name, m in self.task.memory.items()
@@ -207,6 +208,8 @@ class TwinEnv(VectorEnv):
             try:
                 self._begin(ids)
             except SimulationLost as error:
+                for flags in (self._terminated, self._truncated, self._invalid):
+                    flags[ids] = False
                 self._fail(np.arange(self.num_envs), str(error))
         return self._observe(), {"configurations": self.configurations()}
 
@@ -314,6 +317,8 @@ class TwinEnv(VectorEnv):
         seen = np.flatnonzero(begun & ~self._invalid)
         if len(seen):
             self._write_images(seen)
+        invalid = self._invalid & begun | self._void
+        self._void[:] = False
         return ChunkStep(
             observation=self._observe(),
             states=states,
@@ -324,7 +329,7 @@ class TwinEnv(VectorEnv):
             truncated=truncated,
             success=success,
             mask=mask,
-            invalid=self._invalid & begun,
+            invalid=invalid,
         )
 
     @property
@@ -338,9 +343,9 @@ class TwinEnv(VectorEnv):
         Returns the clipped actions (m, 7) of the m simulations that came through, and which they are.
         """
         unseen = self._noise(ids, self._action_noise, ACTION_STREAM)
-        measured = self.simulation.joints(ids)
-        actions, joints, opening = self._controller.command(ids, actions, measured, unseen)
         try:
+            measured = self.simulation.joints(ids)
+            actions, joints, opening = self._controller.command(ids, actions, measured, unseen)
             self.simulation.step(ids, joints, opening)
             now = self._look(ids)
         except SimulationLost as error:
@@ -380,7 +385,7 @@ class TwinEnv(VectorEnv):
     def _fail(self, ids: np.ndarray, why: str) -> None:
         """End the episodes of `ids` as void: nothing of them may be learned from, and the others go on."""
         running = ids[~self.done[ids]]
-        self._invalid[ids] = True
+        self._invalid[ids] = self._void[running] = True
         self.invalid_episodes += len(running)
         log.warning("%s: episodes of environments %s are void: %s", self.task.name, running, why)
 
@@ -428,7 +433,12 @@ class TwinEnv(VectorEnv):
         It keeps no memory: calling it changes nothing, and it takes over from a policy at any step. `noise` adds a
         disturbance with that fraction of the step limits as standard deviation; clean labels are a second call.
         """
-        action = clip_action(self.task.expert(self.snapshot(), *self.targets()))
+        try:
+            now = self.snapshot()
+        except SimulationLost as error:  # the next step tells of it
+            self._fail(np.arange(self.num_envs), str(error))
+            return np.zeros((self.num_envs, ACTION_DIM), np.float32)
+        action = clip_action(self.task.expert(now, *self.targets()))
         return self.disturb(action, noise).astype(np.float32)
 
     def disturb(self, actions: np.ndarray, noise: float) -> np.ndarray:
