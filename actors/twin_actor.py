@@ -20,6 +20,7 @@ from twinrl.core.errors import DeadlineError, TwinRLError
 from twinrl.env import Env
 from twinrl.weights import Weights, WeightSource
 
+SAMPLED_CHUNK = 4  # control steps between two observations of random play
 WAIT_FOR_WEIGHTS = (
     120.0  # s; a learner that publishes nothing for so long is reported, not waited for
 )
@@ -120,6 +121,26 @@ class TwinActor:
             return self._record(
                 env, "demo", teacher, episodes, lambda mask: {"region": "id"}, episodes * 4
             )
+
+    def sample(self, observations: int, **env_options: Any) -> dict[str, Any]:
+        """What `observations` moments of random play look like, and the range of actions: {"observation",
+        "action_low", "action_high"}; nothing is recorded."""
+        with self._task_of("random play", self._num_envs, env_options) as env:
+            low, high = env.single_action_space.low, env.single_action_space.high
+            bounded = np.isfinite(low) & np.isfinite(high)
+            bottom, top = np.where(bounded, low, -1.0), np.where(bounded, high, 1.0)
+            observation, _ = env.reset(options={"region": "all"})
+            seen = [observation]
+            while len(seen) * env.num_envs < observations and not self._stop.is_set():
+                shape = (env.num_envs, SAMPLED_CHUNK, len(low))
+                step = env.step_chunk(self._rng.uniform(bottom, top, shape).astype("<f4"))
+                observation = step.observation
+                if step.done.any():
+                    again = {"reset_mask": step.done, "region": "all"}
+                    observation, _ = env.reset(options=again)
+                seen.append(observation)
+            joined = {key: np.concatenate([part[key] for part in seen]) for key in observation}
+            return {"observation": joined, "action_low": low, "action_high": high}
 
     def expand(self, episodes: int, noise: float, **env_options: Any) -> tuple[int, int]:
         """Re-target the demonstrations to placements all over the table; record what succeeds, source "twin"."""

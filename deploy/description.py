@@ -5,8 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from twinrl.config import Config
+from twinrl.core.errors import ConfigError
 from twinrl.core.segment import Schema
+from twinrl.env import EnvSpec
 from twins import describe
+from twins.backends import find_backend
+
+EVALUATED = ("id", "ood")  # regions
 
 
 def make_schema(values: dict[str, Any]) -> Schema:
@@ -15,14 +20,22 @@ def make_schema(values: dict[str, Any]) -> Schema:
 
 
 def describe_job(config: Config) -> dict[str, Any]:
-    """Plain values that every role can be given: {"schema", "instruction", "control_hz", "policy"}."""
-    spec = describe(
-        config.task.name,
-        cameras=tuple(config.task.cameras),
-        image_size=config.task.image_size,
-        backend=config.twins.backend,
-        options=config.twins.options,
-    )
+    """Plain values that every role can be given: {"schema", "instruction", "control_hz", "policy"}, and more.
+
+    "regions" are those that are evaluated, "placed" is the key of what a map of results shows, and "stand_in" says
+    whether the task can be played on a simulated real arm.
+    """
+    try:
+        spec = describe(
+            config.task.name,
+            cameras=config.task.cameras,
+            image_size=config.task.image_size,
+            backend=config.twins.backend,
+            options=config.twins.options,
+        )
+    except ValueError as error:  # a name that does not exist, an option that cannot be
+        raise ConfigError(f"task and twins: {error}") from error
+    _check(config, spec)
     schema = Schema(
         state_dim=len(spec.state_names),
         privileged_dim=len(spec.privileged_names),
@@ -44,5 +57,33 @@ def describe_job(config: Config) -> dict[str, Any]:
         "instruction": config.task.instruction or spec.instruction,
         "control_hz": spec.control_hz,
         "placed": spec.placed,
+        "regions": [region for region in EVALUATED if region in spec.regions],
+        "stand_in": _has_stand_in(config),
         "policy": policy,
     }
+
+
+def _check(config: Config, spec: EnvSpec) -> None:
+    """Refuse stages for which the environment has no expert or no stand-in."""
+    name, problems = config.task.name, []
+    if config.demonstrations.episodes and not spec.expert:
+        problems.append("has no expert, so set demonstrations.episodes: 0")
+    if config.real_rl.robot_minutes and not config.demonstrations.episodes:
+        problems.append(
+            "is practised on an arm from demonstrations, so set real_rl.robot_minutes: 0 or have some"
+        )
+    if not _has_stand_in(config):
+        real = config.real_rl
+        if "real" in config.evaluation.worlds:
+            problems.append("has no stand-in for a real arm, so set evaluation.worlds: [twin]")
+        if real.robot_minutes or real.mining_episodes:
+            problems.append(
+                "is played by no arm, so set real_rl.robot_minutes: 0 and real_rl.mining_episodes: 0"
+            )
+    if problems:
+        raise ConfigError(f"{name} (backend {config.twins.backend}) {'; it '.join(problems)}")
+
+
+def _has_stand_in(config: Config) -> bool:
+    """The task is one of ours, so that it can be played on the stand-in too."""
+    return find_backend(config.twins.backend).is_simulation

@@ -12,6 +12,7 @@ import numpy as np
 from actors.evaluate import draw_configurations, evaluate
 from dashboard.statistics import success_rate
 from deploy import factories
+from deploy.description import describe_job
 from deploy.run_folder import RunFolder
 from twinrl.config import Config
 from twinrl.core.errors import ConfigError
@@ -71,8 +72,11 @@ def command(argv: list[str]) -> int:
         raise ConfigError(f"--episodes is {arguments.episodes}, must be at least 1")
     run = RunFolder.open(arguments.run)
     config = run.config()
+    job = describe_job(config)
     worlds = list(WORLDS) if arguments.world == "all" else [arguments.world]
-    regions = ["id", "ood"] if arguments.region == "all" else [arguments.region]
+    if arguments.world == "all" and not job["stand_in"]:
+        worlds = ["twin"]
+    regions = job["regions"] if arguments.region == "all" else [arguments.region]
     rows = []
     for world in worlds:
         for region in regions:

@@ -18,7 +18,7 @@ def env_factory(config: Config) -> Callable[..., Any]:
     return partial(
         _make_env,
         task=config.task.name,
-        cameras=tuple(config.task.cameras),
+        cameras=config.task.cameras,
         image_size=config.task.image_size,
         instruction=config.task.instruction,
         reward=config.task.reward,

@@ -326,6 +326,8 @@ def command(argv: list[str]) -> int:
             overrides.append(f"ray.address={arguments.address}")
         config = load_config(arguments.config, overrides)
         if arguments.dry_run:
+            if config.twins.python is None:  # otherwise only that interpreter knows
+                describe_job(config)
             print(f"{arguments.config} is fine: run {config.name!r}, task {config.task.name!r}")
             return 0
         run = RunFolder.create(config)

@@ -22,6 +22,7 @@ RETRIES = 3  # of a call whose actor died; Ray brings the actor back
 RESTART_SECONDS = 30.0  # within which an actor's death is one event
 POLL = 0.25  # s
 STAND_IN = {"variant": "standin"}
+BEGINNING = 2000  # observations of random play, from which a policy without demonstrations begins
 
 
 class Schedule:
@@ -37,11 +38,15 @@ class Schedule:
 
     def run(self) -> None:
         """All stages, then the report."""
-        steps: list[tuple[str, str, Callable[[], None]]] = [
+        shown: list[tuple[str, str, Callable[[], None]]] = [
             ("demonstrations", "demonstrations and labelled scenes", self._demonstrate),
             ("pretrain", "vision encoder and expansion", self._pretrain),
             ("sft", "SFT baseline", lambda: self._sft("sft", ["demo"])),
             ("stage1", "stage 1: SFT with expansion", self._stage1),
+        ]
+        untrained = [("stage1", "stage 1: an untrained policy", self._begin)]
+        steps = [
+            *(shown if self.config.demonstrations.episodes else untrained),
             ("eval-stage1", "evaluating stage 1", lambda: self._evaluate("stage1")),
             ("stage2", "stage 2: RL in twins", self._stage2),
             ("eval-stage2", "evaluating stage 2", lambda: self._evaluate("stage2")),
@@ -101,6 +106,14 @@ class Schedule:
             "info",
             f"encoder trained on {summary['scenes']} scenes in {summary['seconds']:.0f} s; "
             f"{recorded} re-targeted episodes from {attempted} attempts",
+        )
+
+    def _begin(self) -> None:
+        """A policy that nothing was shown: it knows the range of states and actions, and explores."""
+        samples = self._all([lambda: self.cluster.twins[0].sample.remote(BEGINNING)])[0]
+        noise = self.config.twin_rl.action_noise
+        self._published(
+            "stage1", self._learn("begin", name="stage1", action_noise=noise, **samples)
         )
 
     def _sft(self, name: str, sources: list[str]) -> None:
@@ -193,7 +206,11 @@ class Schedule:
     def _video(self) -> None:
         from deploy.video import record_video
 
-        record_video(self.config, self.run_folder)
+        job = self.job.topology["job"]
+        if not job["schema"]["cameras"]:
+            self.job.event("info", "no video: the observation has no camera")
+            return
+        record_video(self.config, self.run_folder, job)
 
     # -- evaluation --------------------------------------------------------------------------------------
 
@@ -205,7 +222,7 @@ class Schedule:
         return [
             (world, region, worlds[world])
             for world in self.config.evaluation.worlds
-            for region in ("id", "ood")
+            for region in self.job.topology["job"]["regions"]
         ]
 
     def _starts(self, region: str, options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -264,7 +281,7 @@ class Schedule:
                     "region": region,
                     "n": len(success),
                     "successes": success.astype(int).tolist(),
-                    "placements": [start.get(placed, [])[:2] for start in starts],
+                    "placements": [start[placed][:2] for start in starts] if placed else [],
                     "policy_version": version,
                 }
             )

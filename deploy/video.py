@@ -1,13 +1,14 @@
-"""A short video of the final policy on the stand-in arm."""
+"""A short video of the final policy."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from deploy import factories
-from deploy.evaluation import load_runner
+from deploy.evaluation import WORLDS, load_runner
 from deploy.mp4 import write_mp4
 from deploy.run_folder import RunFolder
 from twinrl.config import Config
@@ -17,16 +18,22 @@ EPISODES = ("id", "ood", "ood")
 SIZE = 256  # pixels
 
 
-def record_video(config: Config, run: RunFolder, checkpoint: str = "stage3") -> Path:
-    """Play an episode in each of EPISODES' regions; writes video.mp4, returns its path."""
+def record_video(
+    config: Config, run: RunFolder, job: dict[str, Any], checkpoint: str = "stage3"
+) -> Path:
+    """Play an episode in each of EPISODES' regions, on the stand-in where the job has one; returns video.mp4's path.
+
+    `job` is what `describe_job` says.
+    """
     runner = load_runner(run, checkpoint)
     make = factories.env_factory(config)
-    small = make(1, seed=config.evaluation.seed + 1, variant="standin")
-    camera = config.task.cameras[0]
+    world = WORLDS["real" if job["stand_in"] else "twin"]
+    small = make(1, seed=config.evaluation.seed + 1, **world)
+    camera = job["schema"]["cameras"][0]
     # Simulation repeats bit for bit: what the policy did on small images is played again with large ones.
-    large = make(1, seed=0, variant="standin", image_size=SIZE, cameras=(camera,))
+    large = make(1, seed=0, image_size=SIZE, cameras=(camera,), **world)
     frames = []
-    for region in EPISODES:
+    for region in (region for region in EPISODES if region in job["regions"]):
         observation, _ = small.reset(options={"region": region})
         starts = small.configurations()
         actions = []

@@ -54,12 +54,14 @@ def _segment_rollout(segment: Segment, gamma: float) -> dict[str, np.ndarray]:
     end = np.append(start[1:], steps)  # a chunk runs until the next begins
     length = end - start
     inside = np.arange(steps) - np.repeat(start, length)
-    frame = np.searchsorted(columns["frame_step"], start)
-    if frame[-1] >= len(columns["frame_step"]) or (columns["frame_step"][frame] != start).any():
-        raise ValueError(
-            f"segment of {segment.header['episode']!r}: a policy chunk starts without a frame"
-        )
-    images = {key: columns[key][frame] for key in columns if key.startswith(IMAGE_PREFIX)}
+    images = {key: column for key, column in columns.items() if key.startswith(IMAGE_PREFIX)}
+    if images:
+        frame = np.searchsorted(columns["frame_step"], start)
+        if frame[-1] >= len(columns["frame_step"]) or (columns["frame_step"][frame] != start).any():
+            raise ValueError(
+                f"segment of {segment.header['episode']!r}: a policy chunk starts without a frame"
+            )
+        images = {key: column[frame] for key, column in images.items()}
     # Proprioception tells the critic what is commanded but not yet done, which privileged state may lack.
     critic = np.concatenate([columns[PRIVILEGED], columns[STATE]], axis=1)
     return {

@@ -97,6 +97,20 @@ class VLA(nn.Module):
         self.state_normaliser.fit_moments(torch.as_tensor(states), minimum_scale=5e-3)
 
     @torch.no_grad()
+    def fit_begin(self, states: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
+        """Fit all views of the state to `states` (B, S), and actions to their range `low` .. `high` (7,), which
+        may be infinite: without demonstrations no more is known."""
+        for normaliser in (self.scene_normaliser, self.state_normaliser):
+            normaliser.fit_moments(torch.as_tensor(states), minimum_scale=1e-4)
+        bottom, top = (torch.as_tensor(a, dtype=torch.float32) for a in (low, high))
+        bounded = torch.isfinite(bottom) & torch.isfinite(top)
+        normaliser = self.action_normaliser
+        normaliser.centre.copy_(torch.where(bounded, (bottom + top) / 2, 0.0))
+        normaliser.scale.copy_(torch.where(bounded, (top - bottom) / 2, 1.0))
+        self.action_low.copy_(bottom)
+        self.action_high.copy_(top)
+
+    @torch.no_grad()
     def fit_actions(self, actions: np.ndarray) -> None:
         """Fit the action's normalisation and execution limits to `actions` (B, 7), physical units."""
         values = torch.as_tensor(actions, dtype=torch.float32)

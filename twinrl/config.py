@@ -31,7 +31,10 @@ class TaskConfig(Section):
     """What is learned."""
 
     name: str = Field("pick-and-place", description="task, one of `twins.TASKS`")
-    cameras: tuple[str, ...] = Field(("side", "wrist"), description="cameras of the observation")
+    cameras: tuple[str, ...] | None = Field(
+        None,
+        description="cameras of the observation; when absent side and wrist, or what a simulator's own task has",
+    )
     image_size: int = Field(64, ge=16, le=512, description="height and width of each image, pixels")
     chunk: int = Field(4, ge=1, le=64, description="C, control steps in an action chunk")
     instruction: str | None = Field(
@@ -179,7 +182,11 @@ class TwinsConfig(Section):
 class DemonstrationsConfig(Section):
     """Demonstrations in the ID region."""
 
-    episodes: int = Field(30, ge=1, description="successful episodes to collect")
+    episodes: int = Field(
+        30,
+        ge=0,
+        description="successful episodes to collect; 0: no expansion, encoder or SFT either, stage 2 starts untrained",
+    )
     noise: float = Field(0.2, ge=0, description="execution noise; labels stay clean")
 
 

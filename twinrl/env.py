@@ -71,6 +71,7 @@ class EnvSpec(NamedTuple):
     control_hz: float
     expert: bool  # it has a scripted expert
     placed: str | None = None  # key of a configuration whose x and y a map of results shows
+    regions: tuple[str, ...] = ("id", "ood")  # where resets draw from, beside "all"
 
 
 class Env(Protocol):

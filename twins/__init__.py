@@ -24,7 +24,7 @@ def make_env(
     reward: dict[str, float] | None = None,
     regions: dict[str, Any] | None = None,
     image_size: int = 64,
-    cameras: tuple[str, ...] = CAMERAS,
+    cameras: tuple[str, ...] | None = None,
     threads: int = 1,
     device: str = "cpu",
     render: bool = True,
@@ -40,20 +40,24 @@ def make_env(
     otherwise, one of the task's or of `regions`, {name: {thing: {"x": [low, high], "y": ..., "yaw": ...}}}.
     `device` ("cpu" or "cuda") traces the images, and is where everything happens with the backend "mujoco-warp";
     `threads` are the physics'. `render=False` leaves images out.
-    `options` go to the backend.
+    `options` go to the backend; one that brings its own tasks decides about their reward, regions and randomisation
+    itself. `cameras` are the task's when absent.
     """
     from twins.backends import find_backend
 
     found = find_backend(backend)
+    if found.is_simulation and cameras is None:
+        cameras = CAMERAS
     common: dict[str, Any] = {
         "seed": seed,
         "image_size": image_size,
-        "cameras": tuple(cameras) if render else (),
+        "cameras": (cameras if cameras is None else tuple(cameras)) if render else (),
         "region": region,
         "max_steps": max_steps,
         "instruction": instruction,
     }
     if not found.is_simulation:
+        _refuse(backend, variant=variant != "twin", reward=reward, regions=regions)
         return found.load()(task, num_envs, device=device, **common, **(options or {}))
 
     from functools import partial
@@ -79,7 +83,7 @@ def make_env(
 def describe(
     task: str,
     *,
-    cameras: tuple[str, ...] = CAMERAS,
+    cameras: tuple[str, ...] | None = None,
     image_size: int = 64,
     backend: str = "mujoco",
     options: dict[str, Any] | None = None,
@@ -98,4 +102,16 @@ def describe(
     from twins.env import spec_of
     from twins.tasks import make_task
 
-    return spec_of(make_task(task), cameras, image_size)
+    return spec_of(make_task(task), CAMERAS if cameras is None else cameras, image_size)
+
+
+def _refuse(backend: str, **given: Any) -> None:
+    """Say what a backend with tasks of its own cannot be told."""
+    reasons = {
+        "variant": "has no stand-in for a real robot (variant)",
+        "reward": "decides about its reward itself (task.reward)",
+        "regions": "has regions of its own (task.regions)",
+    }
+    wrong = [reasons[name] for name, value in given.items() if value]
+    if wrong:
+        raise ValueError(f"backend {backend!r} {', and '.join(wrong)}")

@@ -1,7 +1,14 @@
 """The stages a learner can run, by name: each is a function of the Learner and plain values."""
 
+from learner.stages.begin import begin
 from learner.stages.real_rl import real_rl
 from learner.stages.supervised import pretrain, sft
 from learner.stages.twin_rl import twin_rl
 
-STAGES = {"pretrain": pretrain, "sft": sft, "twin_rl": twin_rl, "real_rl": real_rl}
+STAGES = {
+    "begin": begin,
+    "pretrain": pretrain,
+    "sft": sft,
+    "twin_rl": twin_rl,
+    "real_rl": real_rl,
+}

@@ -39,8 +39,10 @@ def twin_rl(
     state = learner.restore(f"{name}-running" if resumed else start)
     learner.reader.sync()
     demos = [s for source in ("demo", "twin") for s in _imitation(learner, source)]
-    data = windows(demos, learner.policy.chunk)
-    anchor = ImitationData(learner.policy, data, {"demo": 0.5, "twin": 0.5})
+    anchor = None
+    if demos:
+        data = windows(demos, learner.policy.chunk)
+        anchor = ImitationData(learner.policy, data, {"demo": 0.5, "twin": 0.5})
     algorithm = PPOFlow(
         learner.policy, PPOFlowConfig(**options), privileged_dim, anchor, learner.seed
     )
@@ -51,9 +53,10 @@ def twin_rl(
         consumed, cursor.position = state["consumed"], state["cursor"]
     else:
         policy = learner.policy
-        policy.flow.calibrate_noise(
-            anchor.features[:CALIBRATION], policy.integration_steps, learner.seed, action_noise
-        )
+        if anchor is not None:  # without demonstrations it was done when the policy began
+            policy.flow.calibrate_noise(
+                anchor.features[:CALIBRATION], policy.integration_steps, learner.seed, action_noise
+            )
         # What lies there already (the expansion) is not on-policy.
         cursor.pass_by()
     learner.publish()

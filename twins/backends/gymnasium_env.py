@@ -85,6 +85,10 @@ class GymnasiumEnv(gymnasium.vector.VectorEnv if _VECTOR else object):
         self.image_size = image_size
         self._regions = {str(k): dict(v or {}) for k, v in (options.get("regions") or {}).items()}
         self._regions = self._regions or {"id": {}}
+        if "id" not in self._regions or "all" in self._regions:
+            raise ValueError(
+                f"regions are {sorted(self._regions)}; one must be 'id', and 'all' means any of them"
+            )
         self.region = self._checked_region(region)
         self._fleet = fleet or make_fleet(
             task,
@@ -112,6 +116,7 @@ class GymnasiumEnv(gymnasium.vector.VectorEnv if _VECTOR else object):
             max_steps=self.max_steps,
             control_hz=self.control_hz,
             expert=False,
+            regions=tuple(self._regions),
         )
         self._define_spaces()
         self._rng = np.random.default_rng(seed)
@@ -159,7 +164,7 @@ class GymnasiumEnv(gymnasium.vector.VectorEnv if _VECTOR else object):
         }
         for camera in self.cameras:
             spaces[image_key(camera)] = box(0, 255, pixels, np.uint8)
-        self.single_action_space = box(-np.inf, np.inf, (ACTION_DIM,), np.float32)
+        self.single_action_space = box(self._actions.low, self._actions.high, dtype=np.float32)
         self.single_observation_space = gymnasium.spaces.Dict(spaces)
         batch = gymnasium.vector.utils.batch_space
         self.action_space = batch(self.single_action_space, self.num_envs)

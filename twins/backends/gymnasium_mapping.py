@@ -15,6 +15,7 @@ from gymnasium import spaces
 from twinrl.env import ACTION_DIM
 
 WHOLE = "observation"  # key of an observation that is no dictionary
+GRIPPER = 6  # the seam's seventh number, 0 closed to 1 open
 RENDER = "render"  # camera that is the environment's render()
 COUNTED = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
@@ -150,8 +151,8 @@ class Actions:
     """From actions (n, 7) float32 to a Box of up to 7 numbers, or to a Discrete of up to 7 choices.
 
     `dims` says which of the 7 are used, one for each number (default: the first ones). A bounded number's
-    range is reached by `low` .. `high` of the seam (a number, or one for each; default -1 .. 1), beyond it is clipped;
-    an unbounded one is taken as it is. Of choices the largest number wins, and a one at its place is what was
+    range is reached by `low` .. `high` of the seam (a number, or one for each; default -1 .. 1, and 0 .. 1 for the
+    seventh, the gripper), beyond it is clipped; an unbounded one is taken as it is. Of choices the largest number wins, and a one at its place is what was
     executed.
     """
 
@@ -159,7 +160,7 @@ class Actions:
         self,
         space: spaces.Space,
         dims: Sequence[int] | None = None,
-        low: float | Sequence[float] = -1.0,
+        low: float | Sequence[float] | None = None,
         high: float | Sequence[float] = 1.0,
     ) -> None:
         self._space = space
@@ -181,8 +182,11 @@ class Actions:
             raise ValueError(
                 f"action.dims is {self.dims}; {space} needs {size} different ones of 0 .. {ACTION_DIM - 1}"
             )
+        self.low, self.high = np.full((2, ACTION_DIM), [[-1.0], [1.0]], np.float32)
+        self.low[GRIPPER] = 0.0
         if self.discrete:
             return
+        low = self.low[self.dims] if low is None else low
         self._low = np.broadcast_to(np.asarray(low, np.float64), size)
         self._high = np.broadcast_to(np.asarray(high, np.float64), size)
         if not (self._low < self._high).all():
@@ -190,6 +194,8 @@ class Actions:
         bottom = space.low.reshape(-1).astype(np.float64)
         top = space.high.reshape(-1).astype(np.float64)
         self._bounded = np.isfinite(bottom) & np.isfinite(top)
+        self.low[self.dims] = np.where(self._bounded, self._low, -np.inf)
+        self.high[self.dims] = np.where(self._bounded, self._high, np.inf)
         self._bottom = np.where(self._bounded, bottom, 0.0)
         self._top = np.where(self._bounded, top, 1.0)
 
