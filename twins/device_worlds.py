@@ -116,8 +116,8 @@ def _settle(
     """Undo the step of worlds that do not take part or failed in it."""
     world = wp.tid()
     over = overflow[world] & mask
-    spilled[world] = spilled[world] | over
-    if over != 0:
+    if active[world] and over != 0:
+        spilled[world] = spilled[world] | over
         diverged[world] = True
     if active[world] and not diverged[world]:
         return
@@ -175,7 +175,6 @@ class DeviceWorlds:
             )
             start = mujoco.MjData(model)
             start.qpos[ARM], start.qpos[GRIPPER] = kinematics.HOME, arm.FINGER_RANGE
-            mujoco.mj_forward(model, start)
             self._data = mjw.put_data(
                 model, start, nworld=count, nconmax=contacts, njmax=constraints
             )
@@ -197,10 +196,13 @@ class DeviceWorlds:
             wp.to_torch(a) for a in (data.qpos, data.qvel, data.ctrl)
         )
         self._place, self._place_turn = wp.to_torch(data.mocap_pos), wp.to_torch(data.mocap_quat)
-        self._found, self._warmstart = (
-            wp.to_torch(data.sensordata),
-            wp.to_torch(data.qacc_warmstart),
-        )
+        self._found = wp.to_torch(data.sensordata)
+        # Rows beyond a world's constraints are multiplied by 0: what is not a number in them would come back.
+        self._constraints = [
+            wp.to_torch(array)
+            for array in vars(data.efc).values()
+            if isinstance(array, wp.array) and array.dtype is wp.float32 and array.size
+        ]
         self._fields = {name: wp.to_torch(getattr(self._model, name)) for name in PER_WORLD}
         self._safe = [wp.clone(a) for a in (data.qpos, data.qvel, data.qacc_warmstart)]
         self._diverged, self._active = (
@@ -251,7 +253,8 @@ class DeviceWorlds:
         self._begin_step()
         self._substeps(1)
         self._end_step()
-        self.refresh()
+        self._refresh()
+        self._clear()
         stream = wp.Stream(self.device) if self.device.is_cuda else None
         with contextlib.ExitStack() as stack:
             if stream is not None:
@@ -263,6 +266,7 @@ class DeviceWorlds:
                 lambda: self._substeps(GRAPH_STEPS),
                 self._end_step,
                 self._refresh,
+                self._clear,
             ):
                 with wp.ScopedCapture(device=self.device, stream=stream) as capture:
                     part()
@@ -302,7 +306,7 @@ class DeviceWorlds:
         self.active.copy_(active)
         self.ctrl[:, ARM] = goal
         self.ctrl[:, GRIPPER] = opening[:, None] * arm.FINGER_RANGE
-        begin, substeps, end, _ = self._graphs
+        begin, substeps, end, _, _ = self._graphs
         with self.here():
             wp.capture_launch(begin)
             for _ in range(scene.SUBSTEPS // GRAPH_STEPS):
@@ -312,10 +316,11 @@ class DeviceWorlds:
     def refresh(self) -> None:
         """Compute the poses that images need from the present state."""
         with self.here():
-            if getattr(self, "_graphs", None):
-                wp.capture_launch(self._graphs[-1])
-            else:
-                self._refresh()
+            wp.capture_launch(self._graphs[3])
+
+    def _clear(self) -> None:
+        # Not only the state: the next step would go on with sums that a diverged world has left.
+        mjw.reset_data(self._model, self._data, reset=self._active)
 
     def _refresh(self) -> None:
         mjw.kinematics(self._model, self._data)
@@ -365,7 +370,7 @@ class DeviceWorlds:
 
         An environment that needed more constraints than fit has failed alone; that is only told.
         """
-        spilled = self._spilled.numpy()
+        spilled = self._spilled.numpy().copy()  # on the CPU it would be a view
         if not spilled.any():
             return
         usage = self.usage_waiting()
@@ -388,10 +393,14 @@ class DeviceWorlds:
         """Put simulations `ids` (n,) into the states of their configurations, with their parameters and looks."""
         columns = {**self._states(configurations), **self._draws(configurations)}
         rows, values = self._upload(ids, columns)
+        self.active.zero_()
+        self.active[rows] = True
+        with self.here():
+            wp.capture_launch(self._graphs[4])
+        for field in self._constraints:
+            field[rows] = 0.0
         self.qpos[rows] = values["qpos"]
         self.ctrl[rows] = values["ctrl"]
-        for field in (self.qvel, self._warmstart, self._found):
-            field[rows] = 0.0
         if self._placed:
             self._place[rows] = values["mocap_pos"]
             self._place_turn[rows] = values["mocap_quat"]
