@@ -5,11 +5,17 @@ from __future__ import annotations
 import difflib
 from importlib.metadata import entry_points
 
+from twins.tasks.erase_whiteboard import EraseWhiteboard
+from twins.tasks.insert_hexagon import InsertHexagonBlock
+from twins.tasks.insert_triple_column import InsertTripleColumnBlock
 from twins.tasks.pick_and_place import PickAndPlace
 from twins.tasks.task import Snapshot, Task
 
 GROUP = "twinrl.tasks"
-TASKS: dict[str, type] = {task.name: task for task in (PickAndPlace,)}
+TASKS: dict[str, type] = {
+    task.name: task
+    for task in (PickAndPlace, InsertHexagonBlock, InsertTripleColumnBlock, EraseWhiteboard)
+}
 
 __all__ = ["TASKS", "Snapshot", "Task", "make_task"]
 
