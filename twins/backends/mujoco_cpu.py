@@ -129,7 +129,10 @@ class MujocoSimulation:
         for thing in self.task.things:
             poses = np.array([(*c[thing.name], 0.0)[:3] for c in configurations])
             position = np.column_stack([poses[:, :2], np.full(len(ids), thing.height)])
-            self.place(ids, thing.name, position, rotation.about_z(poses[:, 2]))
+            half = poses[:, 2:] / 2
+            none = np.zeros_like(half)
+            quat = np.concatenate([np.cos(half), none, none, np.sin(half)], axis=1)
+            self._put(ids, thing.name, position, quat)
         self.refresh(ids)
 
     def place_arm(self, ids: np.ndarray, joints: np.ndarray, finger: float | np.ndarray) -> None:
@@ -140,7 +143,9 @@ class MujocoSimulation:
 
     def place(self, ids: np.ndarray, thing: str, position: np.ndarray, turn: np.ndarray) -> None:
         """Set a thing's position (n, 3) and orientation (n, 3, 3) in simulations `ids`."""
-        quat = rotation.quaternion(rotation.log(turn))
+        self._put(ids, thing, position, rotation.quaternion(rotation.log(turn)))
+
+    def _put(self, ids: np.ndarray, thing: str, position: np.ndarray, quat: np.ndarray) -> None:
         if thing in self._free:
             at, _ = self._free[thing]
             self.qpos[ids, at : at + 3], self.qpos[ids, at + 3 : at + 7] = position, quat

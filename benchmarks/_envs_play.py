@@ -1,0 +1,167 @@
+"""The same episodes twice: through the environment, and as bare physics and bare ray tracing of the same states."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from twins import make_env, scene
+
+TASK = "pick-and-place"
+EPISODE = 40  # control steps, about what the expert needs
+BLOCK = 16  # worlds that the bare tracer takes at once
+
+
+class Recording(NamedTuple):
+    """What the scripted expert did in N environments over T steps."""
+
+    actions: np.ndarray  # (T, N, 7)
+    controls: np.ndarray  # (T, N, servos), what reached the physics
+    start: np.ndarray  # (N, state) the physics' state at the beginning
+    resets: list[tuple[np.ndarray, np.ndarray]]  # after each step: ids (n,) and their new states
+    final: np.ndarray  # (N, state)
+
+
+def make(count: int, **options: Any) -> Any:
+    """An environment of `count` copies of the benchmark's task."""
+    return make_env(TASK, count, seed=1, **options)
+
+
+def due(k: int, terminated: np.ndarray, truncated: np.ndarray) -> np.ndarray:
+    """(N,) bool: which episodes end after step `k`. Beside those that are over, a few in every step, as in a long run."""
+    return terminated | truncated | (np.arange(len(terminated)) % EPISODE == k % EPISODE)
+
+
+def record(env: Any, steps: int) -> Recording:
+    """Let the expert play `steps` steps."""
+    env.reset(seed=1)
+    simulation = env.simulation
+    start = simulation.batch.state.copy()
+    actions, controls, resets = [], [], []
+    for k in range(steps):
+        actions.append(env.expert(noise=0.05))
+        _, _, terminated, truncated, _ = env.step(actions[-1])
+        controls.append(simulation.ctrl.copy())
+        ended = due(k, terminated, truncated)
+        if ended.any():
+            env.reset(options={"reset_mask": ended})
+        resets.append((np.flatnonzero(ended), simulation.batch.state[ended].copy()))
+    final = simulation.batch.state.copy()
+    return Recording(np.array(actions), np.array(controls), start, resets, final)
+
+
+def play(env: Any, recording: Recording) -> float:
+    """Seconds that the environment takes for it: steps, observations, rewards, ends, and resets with new draws."""
+    env.reset(seed=1)
+    start = time.perf_counter()
+    for k, action in enumerate(recording.actions):
+        _, _, terminated, truncated, _ = env.step(action)
+        ended = due(k, terminated, truncated)
+        if ended.any():
+            env.reset(options={"reset_mask": ended})
+    seconds = time.perf_counter() - start
+    assert (env.simulation.batch.state == recording.final).all(), "the episodes were not repeated"
+    return seconds
+
+
+class Bare:
+    """Bare physics of a recording, and the bare tracer."""
+
+    def __init__(self, env: Any, threads: int) -> None:
+        from mujoco.batch import Batch
+
+        simulation = env.simulation
+        self._batch = Batch(simulation.model, env.num_envs, threads)
+        self._controls = self._batch.bind("ctrl")
+        self._tracer = Tracer(simulation.model, self._batch, env) if env.cameras else None
+
+    def play(self, recording: Recording) -> float:
+        """Seconds that its physics take, and its images if there are cameras."""
+        batch, tracer = self._batch, self._tracer
+        batch.state[:] = recording.start
+        clock = Clock()
+        for controls, (ended, states) in zip(recording.controls, recording.resets, strict=True):
+            with clock:
+                self._controls[:] = controls
+                batch.step(nstep=scene.SUBSTEPS)
+            if tracer is not None:
+                tracer.look()
+                with clock:
+                    tracer.trace(batch.nsim)
+            if not len(ended):
+                continue
+            with clock:
+                batch.state[ended] = states
+            if tracer is not None:
+                tracer.look()
+                with clock:
+                    tracer.trace(len(ended))
+        assert (batch.state == recording.final).all(), "the physics are not the recorded ones"
+        return clock.seconds
+
+
+class Clock:
+    """Adds up the time spent in `with` blocks."""
+
+    seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._start
+
+
+class Tracer:
+    """mujoco-warp's ray tracer, called directly; looks and poses are put in place outside the clock."""
+
+    POSES = ("geom_xpos", "geom_xmat", "cam_xpos", "cam_xmat")
+
+    def __init__(self, model: Any, batch: Any, env: Any) -> None:
+        import mujoco
+        import mujoco_warp as mjw
+
+        self._mjw, self._batch = mjw, batch
+        self._stage = int(mujoco.mjtStage.mjSTAGE_POS)
+        self._poses = {name: batch.bind(name) for name in self.POSES}
+        self._count, self._block = env.num_envs, min(env.num_envs, BLOCK)
+        data = mujoco.MjData(model)
+        mujoco.mj_kinematics(model, data)  # without contacts the buffers stay small
+        mujoco.mj_camlight(model, data)
+        self._model = mjw.put_model(model)
+        self._data = [
+            mjw.put_data(model, data, nworld=self._block, nconmax=1, njmax=1)
+            for _ in range(0, self._count, self._block)
+        ]
+        self._context = mjw.create_render_context(
+            model,
+            nworld=self._block,
+            cam_res=(env.image_size, env.image_size),
+            cam_active=list(env.cameras),
+            render_rgb=True,
+            render_depth=False,
+            render_seg=False,
+            use_shadows=False,
+            use_textures=False,
+            enable_specular=False,
+            enable_emission=False,
+            enable_backface_culling=False,
+            enable_per_light_ambient=False,
+        )
+
+    def look(self) -> None:
+        """Put the present poses into the tracer's arrays."""
+        self._batch.forward(stage=self._stage)
+        for n, data in enumerate(self._data):
+            rows = np.arange(n * self._block, (n + 1) * self._block) % self._count
+            for name, poses in self._poses.items():
+                target = getattr(data, name).numpy()
+                target[...] = poses[rows].reshape(target.shape)
+
+    def trace(self, count: int) -> None:
+        """Trace the first `count` worlds."""
+        for data in self._data[: -(-count // self._block)]:
+            self._mjw.refit_bvh(self._model, data, self._context)
+            self._mjw.render(self._model, data, self._context)
