@@ -244,9 +244,10 @@ class RemoteEnv(VectorEnv):
         self.single_action_space = box(
             found.get("action_low", -edge), found.get("action_high", edge), dtype=np.float32
         )
-        spaces = {STATE: box(-np.inf, np.inf, (self.state_dim,), np.float32)}
-        if self.privileged_dim:
-            spaces[PRIVILEGED] = box(-np.inf, np.inf, (self.privileged_dim,), np.float32)
+        spaces = {
+            STATE: box(-np.inf, np.inf, (self.state_dim,), np.float32),
+            PRIVILEGED: box(-np.inf, np.inf, (self.privileged_dim,), np.float32),
+        }
         spaces |= {image_key(name): box(0, 255, pixels, np.uint8) for name in self.cameras}
         self.single_observation_space = gymnasium.spaces.Dict(spaces)
         batch = gymnasium.vector.utils.batch_space
@@ -373,7 +374,7 @@ class RemoteEnv(VectorEnv):
         return ChunkStep(
             self._observation,
             np.zeros((*rows, self.state_dim), np.float32),
-            np.zeros((*rows, self.privileged_dim), np.float32) if self.privileged_dim else None,
+            np.zeros((*rows, self.privileged_dim), np.float32),
             np.zeros_like(actions),
             np.zeros(rows, np.float32),
             *flags,

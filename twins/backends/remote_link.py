@@ -31,7 +31,7 @@ from twins.worker import CONTRACT
 from twins.worker.tree import Packed, unpack
 
 log = logging.getLogger(__name__)
-HELLO_SECONDS = 30.0
+HELLO_SECONDS, GOODBYE_SECONDS = 30.0, 2.0
 LOOK_SECONDS = 0.05  # between looks whether the process that should answer still lives
 PING_SECONDS = 2.0  # between signs of life to a worker that we have not started
 LARGE = 16 << 10  # bytes of arguments from which they go through shared memory
@@ -131,6 +131,7 @@ class Link:
                 arrays["tree"], arrays.get("body", np.zeros(0, np.uint8)), copy=True
             )
         except BaseException:
+            self._say_goodbye()
             self._drop()
             raise
         self.connected = True
@@ -213,7 +214,7 @@ class Link:
             packed.write(lent[1])
         elif packed.nbytes:
             arrays["body"] = packed.body()
-        what = " and ".join(call[0] for call in calls)
+        what = "do " + ", ".join(call[0] for call in calls)
         try:
             result, found = self._request("call", args, arrays, self.worker.call_seconds, what)
         except SimulationLost as error:
@@ -244,9 +245,8 @@ class Link:
                 self._drop()
                 raise SimulationLost(f"the {self._name} is gone: {error}") from None
             raise
-        except (
-            BaseException
-        ):  # also Ctrl-C: an answer may still come, into memory that is used again
+        except BaseException:
+            # Also after Ctrl-C: an answer may still come, into memory that would be used again.
             self._drop()
             raise
         failure = result.get("failure")
@@ -298,7 +298,7 @@ class Link:
 
     def _drop(self, patience: float = 0.0) -> None:
         """Let go of the worker; one that we have started ends at the latest after `patience` seconds."""
-        self.connected = False
+        self.connected, self.pid = False, None
         self._pieces = None  # a worker that hangs may still write into the old ones
         if self._pulse is not None:
             self._pulse.stop()
@@ -312,12 +312,18 @@ class Link:
 
     def close(self) -> None:
         """Say goodbye. A worker that we have started ends, another one keeps its simulator."""
-        if self._client is not None and self.connected:
-            with contextlib.suppress(TwinRLError):
-                self._client.call("leave", {"client": self._token}, timeout=STOP_SECONDS)
+        self._say_goodbye()
         self._drop(patience=STOP_SECONDS)
         if self._folder is not None:
             self._folder.close()
+
+    def _say_goodbye(self) -> None:
+        if self._client is None or self.pid is None:
+            return
+        with contextlib.suppress(TwinRLError, FutureTimeout):
+            future = self._client.submit("leave", {"client": self._token})
+            if self._process is None:  # else its end is waited for
+                future.result(GOODBYE_SECONDS)
 
     def stats(self) -> dict[str, float]:
         """Restarts, calls, and of the seconds waited for them how many were the border's own."""

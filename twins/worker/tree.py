@@ -108,23 +108,34 @@ class Packed:
 
 def unpack(data: Any, body: np.ndarray, copy: bool = False) -> Any:
     """The value of `Packed.data`. Arrays are read-only views of `body` (bytes,) uint8, or copies."""
-
-    def special(code: int, payload: bytes) -> Any:
-        if code == TUPLE:
-            return tuple(msgpack.unpackb(payload, ext_hook=special, strict_map_key=False))
-        if code != ARRAY:
-            raise WireError(f"unknown extension type {code}")
-        dtype, shape, offset, nbytes = msgpack.unpackb(payload)
-        if not (
-            type(offset) is type(nbytes) is int and 0 <= offset <= offset + nbytes <= len(body)
-        ):
-            raise WireError(f"an array at {offset!r} of {nbytes!r} bytes is not within the message")
-        _, array = restore(["array", dtype, shape], memoryview(body)[offset : offset + nbytes])
-        return array.copy() if copy else array
-
     try:
-        return msgpack.unpackb(data, ext_hook=special, strict_map_key=False)
+        return _Reader(body, copy).read(data)
     except WireError:
         raise
     except Exception as error:  # msgpack raises many kinds on bytes that are none of ours
         raise WireError(f"no message of a worker: {error}") from None
+
+
+class _Reader:
+    """No closure: one that calls itself would keep `body` until the garbage collector comes by."""
+
+    def __init__(self, body: np.ndarray, copy: bool) -> None:
+        self._body, self._copy = body, copy
+
+    def read(self, data: Any) -> Any:
+        return msgpack.unpackb(data, ext_hook=self._special, strict_map_key=False)
+
+    def _special(self, code: int, payload: bytes) -> Any:
+        if code == TUPLE:
+            return tuple(self.read(payload))
+        if code != ARRAY:
+            raise WireError(f"unknown extension type {code}")
+        dtype, shape, offset, nbytes = msgpack.unpackb(payload)
+        if not (
+            type(offset) is type(nbytes) is int
+            and 0 <= offset <= offset + nbytes <= len(self._body)
+        ):
+            raise WireError(f"an array at {offset!r} of {nbytes!r} bytes is not within the message")
+        buffer = memoryview(self._body)[offset : offset + nbytes]
+        _, array = restore(["array", dtype, shape], buffer)
+        return array.copy() if self._copy else array
