@@ -16,25 +16,25 @@ MAX_SPEED = {
 }  # rad/s and m/s; the servos' forces are what limits
 
 
-def arm_urdf(arm: dict[str, Any], *, capsules: bool = True) -> str:
+def arm_urdf(arm: dict[str, Any], *, capsules: bool = True, visuals: bool = True) -> str:
     """The arm: one link for each body, joints with limits, efforts and passive damping.
 
     URDF has no capsules; Isaac Gym, Isaac Sim, SAPIEN, Newton and MuJoCo read them all the same. Without `capsules`
-    each is a cylinder and two balls.
+    each is a cylinder and two balls; without `visuals` there is nothing to be seen.
     """
     robot = ElementTree.Element("robot", name="arm")
     for body in arm["bodies"]:
-        _add_link(robot, body["name"], body, capsules)
+        _add_link(robot, body["name"], body, capsules, visuals)
     for body in arm["bodies"]:
         if body["parent"] is not None:
             _add_joint(robot, body)
     return _text(robot)
 
 
-def body_urdf(body: Any, *, capsules: bool = True) -> str:
+def body_urdf(body: Any, *, capsules: bool = True, visuals: bool = True) -> str:
     """One rigid body (`twins.backends.lockstep.Body`) as a link of its name."""
     robot = ElementTree.Element("robot", name=body.name)
-    _add_link(robot, body.name, body._asdict(), capsules)
+    _add_link(robot, body.name, body._asdict(), capsules, visuals)
     return _text(robot)
 
 
@@ -60,7 +60,9 @@ def _add_joint(robot: ElementTree.Element, body: dict[str, Any]) -> None:
         ElementTree.SubElement(joint, "dynamics", damping=_number(moved["drag"]), friction="0")
 
 
-def _add_link(robot: ElementTree.Element, name: str, body: dict[str, Any], capsules: bool) -> None:
+def _add_link(
+    robot: ElementTree.Element, name: str, body: dict[str, Any], capsules: bool, visuals: bool
+) -> None:
     link = ElementTree.SubElement(robot, "link", name=name)
     if body["mass"] > 0:
         inertial = ElementTree.SubElement(link, "inertial")
@@ -73,7 +75,8 @@ def _add_link(robot: ElementTree.Element, name: str, body: dict[str, Any], capsu
         )
     for shape in body["shapes"]:
         for piece in [shape] if capsules else _plain(shape):
-            _add_shape(link, "visual", piece)
+            if visuals:
+                _add_shape(link, "visual", piece)
             if shape["solid"]:
                 _add_shape(link, "collision", piece)
 

@@ -31,7 +31,9 @@ class Body(NamedTuple):
     """A rigid body of the scene beside the arm, as a simulator is to make it."""
 
     name: str
-    role: str  # "table", "placed" (stands where it is put), "free" (moves as physics has it), "mark" (only seen)
+    # "table", "placed" (stands where it is put), "free" (moves as physics has it), "mark" (only seen) or "frame"
+    # (nothing but a pose: all its shapes are marks)
+    role: str
     height: float  # m, of its origin at a reset
     shapes: List[Dict[str, Any]]
     mass: float = 0.0
@@ -46,6 +48,7 @@ def scene_bodies(scene: Dict[str, Any]) -> List[Body]:
     marks = []
     for thing in scene["things"]:
         hideable = [s for s in thing["shapes"] if s["name"] in scene["hideable"]]
+        rest = [s for s in thing["shapes"] if s not in hideable]
         for shape in hideable:
             if thing["free"] or shape["solid"]:
                 raise ValueError(
@@ -56,9 +59,9 @@ def scene_bodies(scene: Dict[str, Any]) -> List[Body]:
         bodies.append(
             Body(
                 thing["name"],
-                "free" if thing["free"] else "placed",
+                "free" if thing["free"] else "placed" if rest else "frame",
                 thing["height"],
-                [s for s in thing["shapes"] if s not in hideable],
+                rest,
                 thing["mass"],
                 thing["centre"],
                 thing["inertia"],
@@ -107,11 +110,14 @@ class Lockstep:
         self.scene = scene = describe(task, cameras)
         self.count, self.image_size = count, image_size
         self.cameras = tuple(cameras)
-        self.bodies = scene_bodies(scene)
+        bodies = scene_bodies(scene)
+        frames = [body for body in bodies if body.role == "frame"]
+        self.bodies = [body for body in bodies if body.role != "frame"]  # that a simulator makes
         self.movable = [body for body in self.bodies if body.role != "table"]
+        self._kept = self.movable + frames  # whose states are kept
         self._chain = Chain(scene["arm"])
-        self._index = {body.name: i for i, body in enumerate(self.movable)}
-        self._solids = {body.name: Solid(body.shapes) for body in self.bodies}
+        self._index = {body.name: i for i, body in enumerate(self._kept)}
+        self._solids = {body.name: Solid(body.shapes) for body in bodies}
         self._links = {body["name"]: Solid(body["shapes"]) for body in scene["arm"]["bodies"]}
         self._home = np.asarray(scene["arm"]["home"], float)
         self._open = float(scene["arm"]["open"])
@@ -119,13 +125,13 @@ class Lockstep:
         self._dofs = np.zeros((count, count_dofs, 2))  # rad and rad/s, of fingers m and m/s
         self._dofs[:, :, 0] = np.append(self._home, [self._open] * (count_dofs - JOINTS))
         # Position, quaternion (w first), velocity, angular velocity.
-        self._roots = np.zeros((count, len(self.movable), 13))
+        self._roots = np.zeros((count, len(self._kept), 13))
         self._roots[..., 3] = 1.0
         self._targets = self._dofs[:, :, 0].copy()
         self._pressing = np.zeros(count, bool)  # something presses on hand or fingers
         self._stale = np.ones(count, bool)  # the simulator holds another state than the true one
         self._hidden = {b.name: np.zeros(count, bool) for b in self.movable if b.role == "mark"}
-        for i, body in enumerate(self.movable):
+        for i, body in enumerate(self._kept):
             # Until a reset says otherwise things are out of each other's way.
             self._place(np.arange(count), body, np.tile([2.0 + 0.5 * i, 0.0, 0.0], (count, 1)))
 
@@ -163,6 +169,21 @@ class Lockstep:
         """Free what is held."""
         raise NotImplementedError
 
+    def _refuse(self, draws: List[Dict[str, Any]], names: Sequence[str]) -> None:
+        """Say which of the draws' `names` this simulator cannot vary, if any is not the nominal one."""
+        x, y, z = self.scene["light"]["direction"]
+        nominal = {"light": self.scene["light"]["diffuse"][0], "lamp": [-x / z, -y / z]}
+        for draw in draws:
+            for name in names:
+                values = draw[name].values() if isinstance(draw[name], dict) else [draw[name]]
+                plain = nominal.get(name, 1.0 if name in ("friction", "mass", "servo") else 0.0)
+                if not all(np.allclose(value, plain, atol=1e-6) for value in values):
+                    change = {"lamp": "light", "cameras": "camera", "colours": "colour"}
+                    raise ValueError(
+                        f"{type(self).__name__} can't draw {name!r} for each environment; "
+                        f"set the randomisation of {change.get(name, name)!r} to 0"
+                    )
+
     # -- the contract ----------------------------------------------------------------------------------------
 
     def configure(self, ids: np.ndarray, configurations: List[Dict[str, Any]]) -> None:
@@ -178,7 +199,7 @@ class Lockstep:
         self._targets[ids] = self._dofs[ids, :, 0]
         for hidden in self._hidden.values():
             hidden[ids] = False
-        for body in self.movable:
+        for body in self._kept:
             name = body.on or body.name
             self._place(ids, body, np.array([[*c[name], 0.0][:3] for c in configurations], float))
         self._pressing[ids] = False
@@ -211,7 +232,7 @@ class Lockstep:
         """Write what the simulator holds wrongly; what isn't finite goes back to a state that it can advance."""
         ids = np.flatnonzero(self._stale)
         if len(ids):
-            dofs, roots = self._dofs[ids].copy(), self._roots[ids].copy()
+            dofs, roots = self._dofs[ids].copy(), self._roots[ids, : len(self.movable)].copy()
             lost = ~(np.isfinite(dofs).all(axis=(1, 2)) & np.isfinite(roots).all(axis=(1, 2)))
             if lost.any():
                 dofs[lost] = 0.0
@@ -229,7 +250,7 @@ class Lockstep:
         dofs, roots = self._dofs[ids], self._roots[ids]
         frames = self._chain.frames(dofs[:, :, 0])
         tcp, tcp_turn = self._chain.tool(frames)
-        things = [body for body in self.movable if body.role != "mark"]
+        things = [body for body in self._kept if body.role != "mark"]
         poses = {b.name: _pose(roots[:, self._index[b.name]]) for b in things}
         free = [body.name for body in things if body.role == "free"]
         return Snapshot(
