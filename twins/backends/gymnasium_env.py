@@ -152,9 +152,18 @@ class GymnasiumEnv(gymnasium.vector.VectorEnv if _VECTOR else object):
                     f"{self.task} resets in the same step, so the camera 'render' would miss each "
                     "episode's end; use vectorization 'single'"
                 )
+            self._try_render()
         self._pictures = pictures
         self._actions = mapping.Actions(self._fleet.action_space, **(options.get("action") or {}))
         self._fleet.neutral = self._actions.neutral
+
+    def _try_render(self) -> None:
+        """Say now, and not in the middle of a job, what rendering lacks."""
+        self._fleet.reset([0], [0], [{}])
+        try:
+            mapping.resized(self._fleet.render([0])[0], self.image_size)
+        except Exception as error:  # each environment draws with something else
+            raise ValueError(f"{self.task} cannot render: {error}") from error
 
     def _define_spaces(self) -> None:
         box, pixels = gymnasium.spaces.Box, (self.image_size, self.image_size, 3)

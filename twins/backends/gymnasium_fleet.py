@@ -46,6 +46,7 @@ class Raw(NamedTuple):
 def find(name: str) -> Any:
     """gymnasium's record of the environment `name` ("CartPole-v1", "gym_hil:gym_hil/PandaPickCube-v0")."""
     module, _, key = name.rpartition(":")
+    without_display()  # before anything that asks for it is imported
     if module:
         try:
             importlib.import_module(module)
@@ -84,7 +85,6 @@ def make_fleet(
     `global_seed` also seeds NumPy's global generator at each reset, for environments that draw from that.
     """
     spec = find(name)
-    without_display()
     arguments = dict(kwargs or {})
     if render:
         arguments["render_mode"] = "rgb_array"
@@ -154,9 +154,10 @@ def autoreset_mode(env: Any, given: str | None = None) -> str:
     told = (env.metadata or {}).get("autoreset_mode", given)
     if told is None and VERSION < (1, 1):
         return SAME_STEP if VERSION < (1, 0) else NEXT_STEP
-    name = str(getattr(told, "name", told)).upper()
-    if name in MODES:
-        return name
+    name = str(getattr(told, "name", told)).upper().replace("_", "")  # "SameStep", "same_step"
+    for mode in MODES:
+        if name == mode.replace("_", ""):
+            return mode
     if told is None:
         raise ValueError(
             f"{env} does not tell how it resets itself (metadata['autoreset_mode']); "
