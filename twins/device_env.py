@@ -35,6 +35,10 @@ class DeviceTwinEnv(TwinEnv):
     simulation: DeviceWorlds
 
     def _allocate(self) -> None:
+        with self.simulation.here():
+            self._allocate_here()
+
+    def _allocate_here(self) -> None:
         worlds, count = self.simulation, self.num_envs
         self.tensors = worlds.tensors
         self.device = torch.device(wp.device_to_torch(worlds.device))
@@ -283,7 +287,9 @@ class DeviceTwinEnv(TwinEnv):
 
     def _given(self, value: Tensor) -> Array:
         """What leaves the environment: a copy, on the device or not."""
-        return value.clone() if self.tensors else value.cpu().numpy().copy()
+        if self.tensors:
+            return value.clone()
+        return value.to("cpu", copy=True).numpy()
 
     def _observe(self) -> Observation:
         if self.tensors:

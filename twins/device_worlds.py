@@ -15,27 +15,23 @@ import mujoco
 import numpy as np
 import warp as wp
 
-from twins import arm, control, kinematics, rotation, scene
-from twins.randomise import COLOURS
+from twins import arm, control, device_kernels, kinematics, rotation, scene
+from twins.device_draws import PER_WORLD, ConfigurationArrays, Layout
 from twins.tasks.task import Snapshot, Task
 
-wp.set_module_options({"enable_backward": False})
+Array = Any  # torch.Tensor of the device
 
-import mujoco_warp as mjw  # noqa: E402  (warp prints its banner then, unless `control` has told it not to)
+import mujoco_warp as mjw  # noqa: E402  (warp prints its banner then; `control` has told it not to)
 
 log = logging.getLogger(__name__)
-
-Array = Any  # torch.Tensor of the device
 ARM = slice(0, kinematics.JOINTS)
 GRIPPER = slice(kinematics.JOINTS, kinematics.JOINTS + 2)
 FARTHEST, FASTEST = 10.0, 1000.0  # m or rad, m/s or rad/s: beyond these a simulation has diverged
 GRAPH_STEPS = (
-    10  # physics steps in a CUDA graph, which a control step replays SUBSTEPS / GRAPH_STEPS times
+    10  # physics steps in a graph, which a control step replays SUBSTEPS / GRAPH_STEPS times
 )
-CONTACTS, CONSTRAINTS = (
-    48,
-    192,
-)  # room in each environment, three times what the tasks' experts need
+# Room for each environment. The tasks' experts were seen to need 19 contacts, in the mean, and 104 constraints.
+CONTACTS, CONSTRAINTS = 48, 256
 # What makes a step wrong. The solver's limits of iterations are not among these: C MuJoCo has the same.
 OVERFLOWS = (
     *("NEFC", "NJMAX_NNZ", "BROADPHASE", "NARROWPHASE", "CCD"),
@@ -43,12 +39,6 @@ OVERFLOWS = (
 )
 OVERFLOW = sum(int(mjw.OverflowType[name]) for name in OVERFLOWS)
 SHARED = int(mjw.OverflowType.BROADPHASE) | int(mjw.OverflowType.NARROWPHASE)
-# Fields of the model that differ between environments.
-PER_WORLD = (
-    *("geom_friction", "geom_rgba", "body_mass", "body_inertia", "body_subtreemass"),
-    *("body_invweight0", "dof_invweight0", "actuator_gainprm", "actuator_biasprm"),
-    *("cam_pos", "cam_quat", "light_dir", "light_diffuse"),
-)
 
 
 class TooManyContacts(RuntimeError):
@@ -62,70 +52,6 @@ class Usage(NamedTuple):
     contacts_room: int  # for each environment
     constraints: int  # in one environment
     constraints_room: int
-
-
-@wp.kernel
-def _guard(
-    qpos: wp.array2d(dtype=wp.float32),
-    qvel: wp.array2d(dtype=wp.float32),
-    warmstart: wp.array2d(dtype=wp.float32),
-    safe: wp.array2d(dtype=wp.float32),
-    farthest: float,
-    fastest: float,
-    contacts: wp.array(dtype=wp.int32),
-    constraints: wp.array(dtype=wp.int32),
-    peak: wp.array(dtype=wp.int32),
-    diverged: wp.array(dtype=wp.bool),
-):
-    """Put a world whose state is absurd or not a number back at once: its contacts would crowd out the others'."""
-    world = wp.tid()
-    if world == 0:
-        wp.atomic_max(peak, 0, contacts[0])
-    wp.atomic_max(peak, 1, constraints[world])
-    sound = wp.bool(True)  # a plain True would be a constant
-    for i in range(qpos.shape[1]):
-        # Comparisons with something that is not a number are false.
-        if not (wp.abs(qpos[world, i]) < farthest):
-            sound = False
-    for i in range(qvel.shape[1]):
-        if not (wp.abs(qvel[world, i]) < fastest):
-            sound = False
-    if not sound:
-        diverged[world] = True
-        for i in range(qpos.shape[1]):
-            qpos[world, i] = safe[world, i]
-        for i in range(qvel.shape[1]):
-            qvel[world, i] = 0.0
-            warmstart[world, i] = 0.0
-
-
-@wp.kernel
-def _settle(
-    active: wp.array(dtype=wp.bool),
-    overflow: wp.array(dtype=wp.int32),
-    mask: int,
-    diverged: wp.array(dtype=wp.bool),
-    safe_qpos: wp.array2d(dtype=wp.float32),
-    safe_qvel: wp.array2d(dtype=wp.float32),
-    safe_warmstart: wp.array2d(dtype=wp.float32),
-    qpos: wp.array2d(dtype=wp.float32),
-    qvel: wp.array2d(dtype=wp.float32),
-    warmstart: wp.array2d(dtype=wp.float32),
-    spilled: wp.array(dtype=wp.int32),
-):
-    """Undo the step of worlds that do not take part or failed in it."""
-    world = wp.tid()
-    over = overflow[world] & mask
-    if active[world] and over != 0:
-        spilled[world] = spilled[world] | over
-        diverged[world] = True
-    if active[world] and not diverged[world]:
-        return
-    for i in range(qpos.shape[1]):
-        qpos[world, i] = safe_qpos[world, i]
-    for i in range(qvel.shape[1]):
-        qvel[world, i] = safe_qvel[world, i]
-        warmstart[world, i] = safe_warmstart[world, i]
 
 
 class DeviceWorlds:
@@ -179,7 +105,8 @@ class DeviceWorlds:
                 model, start, nworld=count, nconmax=contacts, njmax=constraints
             )
             self._allocate()
-            self._find_things()
+            self._layout = layout = Layout(model, task)
+            self._arrays = ConfigurationArrays(model, layout, self.cameras)
             self._capture()
             self.renderer = None
             if self.cameras:
@@ -188,6 +115,7 @@ class DeviceWorlds:
                 self.renderer = DeviceRenderer(
                     model, self.cameras, image_size, count, device=device, block=render_block
                 )
+        wp.synchronize_device(self.device)  # from here on everything is on torch's stream
 
     def _allocate(self) -> None:
         data, count = self._data, self.count
@@ -214,28 +142,6 @@ class DeviceWorlds:
         self._tcp, self._tcp_turn = wp.zeros(count, dtype=wp.vec3), wp.zeros(count, dtype=wp.mat33)
         self.tcp, self.tcp_turn = wp.to_torch(self._tcp), wp.to_torch(self._tcp_turn)
 
-    def _find_things(self) -> None:
-        """Where each thing's pose, velocity, contacts and geoms are in the model's arrays."""
-        model = self.model
-        self._free: dict[str, tuple[int, int]] = {}  # where it begins in qpos and in qvel
-        self._placed: dict[str, int] = {}  # its row of the mocap arrays
-        for thing in self.task.things:
-            if thing.free:
-                joint = model.joint(thing.name)
-                self._free[thing.name] = int(joint.qposadr[0]), int(joint.dofadr[0])
-            else:
-                body = model.body(thing.name).id
-                self._placed[thing.name] = int(model.body_mocapid[body])
-        self._sensors = {
-            pair: [int(model.sensor(name).adr[0]) for name in scene.contact_sensors(pair)]
-            for pair in self.task.contacts
-        }
-        owners = {thing.name for thing in self.task.things}
-        self._kinds: dict[str, list[int]] = {name: [] for name in (*COLOURS, *owners)}
-        for i in range(model.ngeom):
-            geom, owner = model.geom(i).name, model.body(model.geom_bodyid[i]).name
-            self._kinds[owner if owner in owners else geom if geom in COLOURS else "arm"].append(i)
-
     # -- physics ---------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -258,21 +164,18 @@ class DeviceWorlds:
         stream = wp.Stream(self.device) if self.device.is_cuda else None
         with contextlib.ExitStack() as stack:
             if stream is not None:
-                wp.synchronize_device(self.device)
-                stack.enter_context(wp.ScopedStream(stream))
-            self._graphs = []
-            for part in (
-                self._begin_step,
-                lambda: self._substeps(GRAPH_STEPS),
-                self._end_step,
-                self._refresh,
-                self._clear,
-            ):
+                stack.enter_context(wp.ScopedStream(stream))  # which waits for the one before
+            self._graphs = {}
+            for name, part in {
+                "begin": self._begin_step,
+                "substeps": lambda: self._substeps(GRAPH_STEPS),
+                "end": self._end_step,
+                "refresh": self._refresh,
+                "clear": self._clear,
+            }.items():
                 with wp.ScopedCapture(device=self.device, stream=stream) as capture:
                     part()
-                self._graphs.append(capture.graph)
-        if stream is not None:
-            wp.synchronize_device(self.device)
+                self._graphs[name] = capture.graph
         self._spilled.zero_()
         self._peak.zero_()
 
@@ -289,13 +192,13 @@ class DeviceWorlds:
             mjw.step(self._model, data)
             guarded = data.qpos, data.qvel, data.qacc_warmstart, self._safe[0], FARTHEST, FASTEST
             counted = data.nacon, data.nefc, self._peak
-            wp.launch(_guard, self.count, inputs=[*guarded, *counted, self._diverged])
+            wp.launch(device_kernels.guard, self.count, inputs=[*guarded, *counted, self._diverged])
 
     def _end_step(self) -> None:
         data = self._data
         inputs = self._active, data.overflow, OVERFLOW, self._diverged, *self._safe
         outputs = data.qpos, data.qvel, data.qacc_warmstart, self._spilled
-        wp.launch(_settle, self.count, inputs=[*inputs, *outputs])
+        wp.launch(device_kernels.settle, self.count, inputs=[*inputs, *outputs])
 
     def step(self, goal: Array, opening: Array, active: Array) -> None:
         """One control step of `active` (N,) bool towards joints `goal` (N, 7) and gripper openings (N,), 0 to 1.
@@ -306,17 +209,19 @@ class DeviceWorlds:
         self.active.copy_(active)
         self.ctrl[:, ARM] = goal
         self.ctrl[:, GRIPPER] = opening[:, None] * arm.FINGER_RANGE
-        begin, substeps, end, _, _ = self._graphs
         with self.here():
-            wp.capture_launch(begin)
+            self._replay("begin")
             for _ in range(scene.SUBSTEPS // GRAPH_STEPS):
-                wp.capture_launch(substeps)
-            wp.capture_launch(end)
+                self._replay("substeps")
+            self._replay("end")
 
     def refresh(self) -> None:
         """Compute the poses that images need from the present state."""
         with self.here():
-            wp.capture_launch(self._graphs[3])
+            self._replay("refresh")
+
+    def _replay(self, name: str) -> None:
+        wp.capture_launch(self._graphs[name])
 
     def _clear(self) -> None:
         # Not only the state: the next step would go on with sums that a diverged world has left.
@@ -338,11 +243,11 @@ class DeviceWorlds:
         with self.here():
             control.forward(self.joints, self._tcp, self._tcp_turn)
         position, turn, velocity = {}, {}, {}
-        for name, (at, dof) in self._free.items():
+        for name, (at, dof) in self._layout.free.items():
             position[name] = self.qpos[:, at : at + 3]
             turn[name] = rotation.matrix(self.qpos[:, at + 3 : at + 7])
             velocity[name] = self.qvel[:, dof : dof + 6]
-        for name, at in self._placed.items():
+        for name, at in self._layout.placed.items():
             position[name] = self._place[:, at]
             turn[name] = rotation.matrix(self._place_turn[:, at])
         return Snapshot(
@@ -354,14 +259,15 @@ class DeviceWorlds:
             velocity=velocity,
             contact={
                 pair: (self._found[:, sensors] > 0.0).any(axis=1)
-                for pair, sensors in self._sensors.items()
+                for pair, sensors in self._layout.sensors.items()
             },
             memory={},
         )
 
     def usage_waiting(self) -> Usage:
         """How much of the room for contacts and constraints was needed so far. Waits for the device."""
-        contacts, constraints = self._peak.numpy()
+        with self.here():
+            contacts, constraints = self._peak.numpy()
         mean = float(contacts) / self.count
         return Usage(mean, self.contacts_room, int(constraints), self.constraints_room)
 
@@ -370,11 +276,12 @@ class DeviceWorlds:
 
         An environment that needed more constraints than fit has failed alone; that is only told.
         """
-        spilled = self._spilled.numpy().copy()  # on the CPU it would be a view
-        if not spilled.any():
-            return
+        with self.here():
+            spilled = self._spilled.numpy().copy()  # on the CPU it would be a view
+            if not spilled.any():
+                return
+            self._spilled.zero_()
         usage = self.usage_waiting()
-        self._spilled.zero_()
         if (spilled & SHARED).any():
             raise TooManyContacts(
                 f"{self.task.name}: {self.count} environments had {usage.contacts:.1f} contacts each and room for "
@@ -391,17 +298,17 @@ class DeviceWorlds:
 
     def configure(self, ids: np.ndarray, configurations: list[dict[str, Any]]) -> None:
         """Put simulations `ids` (n,) into the states of their configurations, with their parameters and looks."""
-        columns = {**self._states(configurations), **self._draws(configurations)}
+        columns = self._arrays.states(configurations) | self._arrays.fields(configurations)
         rows, values = self._upload(ids, columns)
         self.active.zero_()
         self.active[rows] = True
         with self.here():
-            wp.capture_launch(self._graphs[4])
+            self._replay("clear")
         for field in self._constraints:
             field[rows] = 0.0
         self.qpos[rows] = values["qpos"]
         self.ctrl[rows] = values["ctrl"]
-        if self._placed:
+        if self._layout.placed:
             self._place[rows] = values["mocap_pos"]
             self._place_turn[rows] = values["mocap_quat"]
         for name in PER_WORLD:
@@ -416,81 +323,14 @@ class DeviceWorlds:
         flat = [np.asarray(value, np.float32).reshape(count, -1) for value in flat]
         packed = np.concatenate(flat, axis=1)
         # Not waited for: the copy reads pageable memory, which CUDA stages before it returns.
-        there = wp.to_torch(wp.array(packed, dtype=wp.float32, device=self.device))
+        with self.here():
+            there = wp.to_torch(wp.array(packed, dtype=wp.float32))
         rows, values, at = there[:, 0].long(), {}, 1
         for (name, value), part in zip(columns.items(), flat[1:], strict=True):
             width = part.shape[1]
             values[name] = there[:, at : at + width].reshape(value.shape)
             at += width
         return rows, values
-
-    def _states(self, configurations: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-        count, model = len(configurations), self.model
-        qpos = np.tile(model.qpos0, (count, 1))
-        qpos[:, ARM] = kinematics.HOME + np.array([c["joints"] for c in configurations])
-        qpos[:, GRIPPER] = arm.FINGER_RANGE
-        ctrl = qpos[:, : model.nu].copy()
-        place, place_turn = np.zeros((count, model.nmocap, 3)), np.zeros((count, model.nmocap, 4))
-        for thing in self.task.things:
-            poses = np.array([(*c[thing.name], 0.0)[:3] for c in configurations])
-            position = np.column_stack([poses[:, :2], np.full(count, thing.height)])
-            half = poses[:, 2] / 2
-            quat = np.stack([np.cos(half), 0 * half, 0 * half, np.sin(half)], axis=1)
-            if thing.free:
-                at, _ = self._free[thing.name]
-                qpos[:, at : at + 3], qpos[:, at + 3 : at + 7] = position, quat
-            else:
-                at = self._placed[thing.name]
-                place[:, at], place_turn[:, at] = position, quat
-        return {"qpos": qpos, "ctrl": ctrl, "mocap_pos": place, "mocap_quat": place_turn}
-
-    def _draws(self, configurations: list[dict[str, Any]]) -> dict[str, np.ndarray]:
-        """The fields PER_WORLD of the configurations' draws."""
-        model, count = self.model, len(configurations)
-        draws = [configuration["draw"] for configuration in configurations]
-
-        def tiled(name: str) -> np.ndarray:
-            return np.tile(getattr(model, name), (count, *[1] * getattr(model, name).ndim))
-
-        def drawn(name: str) -> np.ndarray:
-            return np.array([draw[name] for draw in draws])
-
-        fields = {name: tiled(name) for name in PER_WORLD}
-        fields["geom_friction"][:, :, 0] *= drawn("friction")[:, None]
-        for name in ("actuator_gainprm", "actuator_biasprm"):
-            fields[name][:, ARM] *= drawn("servo")[:, None, None]
-        self._weigh(fields, drawn("mass")[:, None])
-        for kind, geoms in self._kinds.items():
-            moved = np.array([draw["colours"][kind] for draw in draws])[:, None]
-            colours = fields["geom_rgba"][:, geoms, :3] + moved
-            fields["geom_rgba"][:, geoms, :3] = np.clip(colours, 0.0, 1.0)
-        fields["light_diffuse"][:] = drawn("light")[:, None, None]
-        direction = np.column_stack([drawn("lamp"), np.full(count, -1.0)])
-        direction /= np.linalg.norm(direction, axis=1, keepdims=True)
-        fields["light_dir"][:] = direction[:, None]
-        for name in self.cameras:
-            camera = model.camera(name).id
-            offset = np.array([draw["cameras"][name] for draw in draws])
-            fields["cam_pos"][:, camera] += offset[:, :3]
-            turned = rotation.exp(offset[:, 3:]) @ rotation.matrix(model.cam_quat[camera])
-            fields["cam_quat"][:, camera] = rotation.quaternion(rotation.log(turned))
-        return fields
-
-    def _weigh(self, fields: dict[str, np.ndarray], factor: np.ndarray) -> None:
-        """Make free things `factor` (n, 1) times as heavy.
-
-        What MuJoCo derives from masses (`mj_setConst`) is, for a single body that moves freely, proportional to its
-        mass or to the inverse of it, so nothing needs to be computed anew.
-        """
-        for name, (_, dof) in self._free.items():
-            body = self.model.body(name).id
-            heavier = (factor[:, 0] - 1.0) * self.model.body_mass[body]
-            fields["body_mass"][:, body] *= factor[:, 0]
-            fields["body_inertia"][:, body] *= factor
-            fields["body_subtreemass"][:, body] += heavier
-            fields["body_subtreemass"][:, 0] += heavier
-            fields["body_invweight0"][:, body] /= factor
-            fields["dof_invweight0"][:, dof : dof + 6] /= factor
 
     # -- images ----------------------------------------------------------------------------------------------------
 
