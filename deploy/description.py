@@ -32,6 +32,7 @@ def describe_job(config: Config) -> dict[str, Any]:
             image_size=config.task.image_size,
             backend=config.twins.backend,
             options=config.twins.options,
+            python=config.twins.python,
         )
     except ValueError as error:  # a name that does not exist, an option that cannot be
         raise ConfigError(f"task and twins: {error}") from error

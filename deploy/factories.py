@@ -25,6 +25,7 @@ def env_factory(config: Config) -> Callable[..., Any]:
         regions=config.task.regions,
         backend=config.twins.backend,
         options=config.twins.options,
+        python=config.twins.python,
         device=config.twins.device,
     )
 

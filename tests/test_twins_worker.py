@@ -16,6 +16,7 @@ import pytest
 
 from twinrl.core.errors import ConfigError, ProcessDied, Rejected, RemoteError, WireError
 from twinrl.core.sockets import free_port, wait_until
+from twins import describe, make_env
 from twins.backends import remote_link
 from twins.backends.contract import SimulationLost
 from twins.backends.remote import RemoteEnv, RemoteSimulation
@@ -208,18 +209,13 @@ class TestBorder:
         assert (remote.stats()["worker/shared_mb"] > 0) == (memory_mb > 0)
 
     def test_mujoco_is_bit_for_bit_the_same_out_of_process(self):
-        from twins.backends.mujoco_cpu import MujocoSimulation
-
-        target = "twins.backends.mujoco_cpu:MujocoSimulation"
-        outside = partial(RemoteSimulation, target=target, worker={"python": sys.executable})
-        task, seen = make_task("pick-and-place"), []
-        for factory in (MujocoSimulation, outside):
-            env = TwinEnv(task, 3, factory, seed=4, randomisation="full", image_size=16)
-            first = env.reset()[0]
-            seen.append(
-                (first, *(env.step_chunk(np.stack([env.expert()] * 2, 1)) for _ in range(3)))
-            )
-            env.close()
+        seen = []
+        for python in (None, sys.executable):
+            env = make_env(num_envs=2, seed=4, randomisation="full", image_size=16, python=python)
+            chunks = [env.reset()[0]]
+            chunks += [env.step_chunk(np.stack([env.expert()] * 2, 1)) for _ in range(3)]
+            seen.append(chunks)
+        assert isinstance(env.simulation, RemoteSimulation)
         env.simulation.close()
         assert same(*(tuple(map(tuple_of, chunks)) for chunks in seen))
 
@@ -453,6 +449,12 @@ class TestProcess:
         with pytest.raises(SimulationLost):
             remote.step(np.arange(3), np.zeros((3, 7)), np.ones(3))
 
+    def test_one_that_is_forgotten_ends(self, scene):
+        remote = RemoteSimulation(scene, 1, target=EXAMPLE, worker={"python": sys.executable})
+        pid = remote.pid
+        del remote
+        wait_until(lambda: not alive(pid), PATIENCE, "the worker's end")
+
 
 def shared_memory():
     return sorted(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else []
@@ -634,6 +636,17 @@ class TestRemoteEnv:
         env.reset(options={"reset_mask": some})
         np.testing.assert_array_equal(env.step_chunk(actions).invalid, ~some)
         assert env.stats()["worker/restarts"] == 2
+        env.close()
+
+    def test_one_started_by_hand_can_be_described_and_then_used(self, by_hand):
+        worker = by_hand("--serve", CARTPOLE["target"])
+        options = {"worker": {**worker.settings, "python": None}}
+        spec = describe("CartPole-v1", backend="gymnasium", options=options)
+        env = make_env("CartPole-v1", 5, backend="gymnasium", options=options)
+        assert env.spec == spec and env.num_envs == 5
+        assert env.pid == worker.popen.pid
+        env.reset()
+        assert env.step_chunk(np.zeros((5, 1, 7), np.float32)).mask.all()
         env.close()
 
     def test_wrong_calls(self):

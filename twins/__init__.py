@@ -18,6 +18,7 @@ def make_env(
     *,
     backend: str = "mujoco",
     options: dict[str, Any] | None = None,
+    python: str | None = None,
     seed: int = 0,
     variant: str = "twin",
     randomisation: str | dict[str, float] = "none",
@@ -41,11 +42,16 @@ def make_env(
     `device` ("cpu" or "cuda") traces the images, and is where everything happens with the backend "mujoco-warp";
     `threads` are the physics'. `render=False` leaves images out.
     `options` go to the backend; one that brings its own tasks decides about their reward, regions and randomisation
-    itself. `cameras` are the task's when absent.
+    itself. `cameras` are the task's when absent. `python` is the interpreter in which the simulator runs, as a
+    process of its own; `options["worker"]` says more about that process, or where one was started by hand
+    (`twins.backends.remote_link.Worker`).
     """
-    from twins.backends import find_backend
+    from twins.backends import TWIN_ENV, find_backend
 
     found = find_backend(backend)
+    options, worker = _split(options, python)
+    if worker and found.is_simulation and found.environment != TWIN_ENV:
+        raise ValueError(f"backend {backend!r} keeps its states on the device, in our own process")
     if found.is_simulation and cameras is None:
         cameras = CAMERAS
     common: dict[str, Any] = {
@@ -58,7 +64,7 @@ def make_env(
     }
     if not found.is_simulation:
         _refuse(backend, variant=variant != "twin", reward=reward, regions=regions)
-        return found.load()(task, num_envs, device=device, **common, **(options or {}))
+        return found.load(worker)(task, num_envs, device=device, **common, **options)
 
     from functools import partial
 
@@ -71,7 +77,7 @@ def make_env(
     return found.load_environment()(
         make_task(task),
         num_envs,
-        partial(found.load(), **own.get(backend, {}), **(options or {})),
+        partial(found.load(worker), **own.get(backend, {}), **options),
         variant=variant,
         randomisation=randomisation,
         reward=reward,
@@ -87,13 +93,15 @@ def describe(
     image_size: int = 64,
     backend: str = "mujoco",
     options: dict[str, Any] | None = None,
+    python: str | None = None,
 ) -> EnvSpec:
     """What `make_env` would make, without making it where the task is ours."""
     from twins.backends import find_backend
 
     found = find_backend(backend)
+    options, worker = _split(options, python)
     if not found.is_simulation:
-        env = found.load()(task, 1, cameras=cameras, image_size=image_size, **(options or {}))
+        env = found.load(worker)(task, 1, cameras=cameras, image_size=image_size, **options)
         try:
             return env.spec
         finally:
@@ -103,6 +111,15 @@ def describe(
     from twins.tasks import make_task
 
     return spec_of(make_task(task), CAMERAS if cameras is None else cameras, image_size)
+
+
+def _split(
+    options: dict[str, Any] | None, python: str | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options for the backend, and for the process that it runs in; none of the latter: our own."""
+    options = dict(options or {})
+    worker = dict(options.pop("worker", None) or {})
+    return options, worker | ({"python": python} if python else {})
 
 
 def _refuse(backend: str, **given: Any) -> None:

@@ -8,11 +8,13 @@ Another package adds one by an entry point in the group `twinrl.backends`.
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 from importlib.metadata import entry_points
 from typing import Any, NamedTuple
 
 GROUP = "twinrl.backends"
+TWIN_ENV = "twins.env:TwinEnv"
 
 
 class Backend(NamedTuple):
@@ -20,11 +22,16 @@ class Backend(NamedTuple):
 
     target: str  # "module:factory"
     is_simulation: bool  # False: it makes whole environments
-    environment: str = "twins.env:TwinEnv"  # "module:class", plays our tasks in a simulation
+    environment: str = TWIN_ENV  # "module:class", plays our tasks in a simulation
 
-    def load(self) -> Any:
-        """The factory."""
-        return _load(self.target)
+    def load(self, worker: dict[str, Any] | None = None) -> Any:
+        """The factory. With `worker` (`twins.backends.remote_link.Worker`) what it makes is in another process."""
+        if not worker:
+            return _load(self.target)
+        from twins.backends import remote
+
+        kind = remote.RemoteSimulation if self.is_simulation else remote.RemoteEnv
+        return functools.partial(kind, target=self.target, worker=worker)
 
     def load_environment(self) -> Any:
         """The class of environments that play in the simulation."""

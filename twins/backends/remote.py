@@ -210,6 +210,7 @@ class RemoteEnv(VectorEnv):
     """
 
     metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": []}  # noqa: RUF012
+    _link: Link | None = None
 
     def __init__(
         self, task: str, num_envs: int, *, target: str, worker: dict[str, Any], **options: Any
@@ -348,9 +349,10 @@ class RemoteEnv(VectorEnv):
             self._lose()
             return np.zeros((self.num_envs, ACTION_DIM), np.float32)
 
-    def close(self, **_: Any) -> None:
+    def close_extras(self, **_: Any) -> None:
         """Let the worker go."""
-        self._link.close()
+        if self._link is not None:
+            self._link.close()
 
     def stats(self) -> dict[str, float]:
         """Restarts of the worker, and what the process border costs."""

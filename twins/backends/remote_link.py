@@ -317,6 +317,10 @@ class Link:
         if self._folder is not None:
             self._folder.close()
 
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # half made, or the interpreter ends
+            self.close()
+
     def _say_goodbye(self) -> None:
         if self._client is None or self.pid is None:
             return

@@ -20,7 +20,7 @@ from twinrl.core.keys import Keys
 from twinrl.core.sockets import Answer, Request, Server
 from twins.worker import CONTRACT
 from twins.worker.memory import Pieces
-from twins.worker.served import Served
+from twins.worker.served import SIMULATION, Served
 from twins.worker.tree import Body, Packed, unpack
 
 log = logging.getLogger(__name__)
@@ -140,20 +140,20 @@ class Service:
     def _open(self, request: Request) -> Answer:
         """Make the object, or find that the one that is there is what is wanted."""
         asked = unpack(request.arrays["tree"], np.zeros(0, np.uint8))
+        if self._served is not None and asked != self._asked:
+            if self._served.kind == SIMULATION:  # many simulators can be made once in a process
+                changed = [k for k in asked if asked[k] != self._asked.get(k)]
+                made = "; ".join(f"{k}: {self._asked.get(k)!r:.200}" for k in changed)
+                raise Rejected(
+                    f"the worker holds a simulator made for {made}: "
+                    "ask for the same, or start the worker again"
+                )
+            self._served.close()
+            self._served = None
         if self._served is None:
             opening = dict(asked, options=dict(asked["options"], **self._options))
             self._served = Served(self.target, opening.pop("kind"), opening)
             self._asked = asked
-        elif asked != self._asked:
-            changed = [
-                f"{key}: {self._asked.get(key)!r:.200}"
-                for key in asked
-                if asked[key] != self._asked.get(key)
-            ]
-            raise Rejected(
-                f"the worker holds a simulator made for {'; '.join(changed)}: "
-                "ask for the same, or start the worker again"
-            )
         return self._answer(request, [self._served.spec()], None, 0.0)
 
     def _call(self, request: Request) -> Answer:
