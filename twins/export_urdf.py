@@ -96,7 +96,8 @@ def _plain(shape: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _add_shape(link: ElementTree.Element, role: str, shape: dict[str, Any]) -> None:
-    element = ElementTree.SubElement(link, role, name=shape["name"])
+    name = shape["name"] if role == "visual" else shape["name"] + "_touch"  # no name is used twice
+    element = ElementTree.SubElement(link, role, name=name)
     _add_origin(element, shape["position"], shape["quaternion"])
     geometry, size = ElementTree.SubElement(element, "geometry"), shape["size"]
     if shape["kind"] == "box":
