@@ -39,6 +39,10 @@ class Counter(gymnasium.Env):
         self.seed = -1.0 if seed is None else float(seed % 1000)
         self.count, self.last = 0, 0.0
         self.length, self.break_at = options.get("length", 7), options.get("break_at", 0)
+        if options.get("break_first"):
+            if self.how == "raise":
+                raise ArithmeticError("the counter burst")
+            self.last = np.nan
         return self._see(), {}
 
     def step(self, action):
@@ -159,7 +163,7 @@ def test_however_it_resets_every_step_is_recorded_once_and_no_reset_is_one(kind)
     recorded, waiting = [[] for _ in lengths], np.zeros(3, bool)
     for number in range(12):
         step = env.step_chunk(zeros(env, 4))
-        assert step.invalid is None
+        assert not step.invalid.any()
         for i in range(3):
             recorded[i] += step.states[i, step.mask[i]][:, 1].tolist()
             np.testing.assert_array_equal(step.mask[i], np.arange(4) < step.mask[i].sum())
@@ -260,11 +264,27 @@ def test_a_failure_voids_one_episode_and_disturbs_nobody(how):
     for i in (0, 2):
         np.testing.assert_array_equal(step.states[i], expected.states[i])
         np.testing.assert_array_equal(step.reward[i], expected.reward[i])
-    assert env.stats()["env/invalid_episodes"] == 1
-    assert "environment 1, step 3" in env.stats()["env/last_failure"]
+    assert env.invalid_episodes == 1
+    assert "environment 1, after 2 steps" in env.last_failure
     assert not env.step_chunk(zeros(env, 2)).mask[1].any()
     env.reset(options={"reset_mask": step.done})
     assert env.step_chunk(zeros(env, 2)).mask[1].all()
+
+
+@pytest.mark.parametrize("how", ["observation", "raise"])
+def test_a_failure_in_a_reset_is_told_by_the_next_step(how):
+    env = GymnasiumEnv(COUNTER, 3, kwargs={"how": how})
+    with_lengths(env, [9, 9, 9])
+    env.step_chunk(zeros(env, 2))
+    before, _ = with_lengths(env, [9, 9, 9], **{"1": {"break_first": True}})
+    assert all(np.isfinite(value).all() for value in before.values())
+    assert before[STATE][:, 1].tolist() == [0, 2, 0]
+    step = env.step_chunk(zeros(env, 2))
+    assert step.invalid.tolist() == [False, True, False] == step.done.tolist()
+    assert step.mask.sum(1).tolist() == [2, 0, 2]
+    assert not env.step_chunk(zeros(env)).invalid.any()  # said once
+    with_lengths(env, [9, 9, 9])
+    assert env.step_chunk(zeros(env, 2)).mask.all() and env.invalid_episodes == 1
 
 
 def test_an_environment_that_never_works_is_an_error():

@@ -159,8 +159,10 @@ class GymnasiumEnv(gymnasium.vector.VectorEnv if _VECTOR else object):
 
     def _try_render(self) -> None:
         """Say now, and not in the middle of a job, what rendering lacks."""
-        self._fleet.reset([0], [0], [{}])
         try:
+            first = self._fleet.reset([0], [0], [{}])[0]
+            if first.error is not None:
+                raise first.error
             mapping.resized(self._fleet.render([0])[0], self.image_size)
         except Exception as error:  # each environment draws with something else
             raise ValueError(f"{self.task} cannot render: {error}") from error
@@ -195,7 +197,11 @@ class GymnasiumEnv(gymnasium.vector.VectorEnv if _VECTOR else object):
             key: np.zeros((count, *space.shape), space.dtype)
             for key, space in self.single_observation_space.spaces.items()
         }
-        self._invalid_episodes, self._last_failure = 0, ""
+        self._unheard = np.zeros(count, bool)  # failed in a reset: the next step tells of it
+        self.invalid_episodes, self.last_failure = (
+            0,
+            "",
+        )  # whose environment failed; how one did last
 
     # -- resets ----------------------------------------------------------------------------------------------
 
@@ -256,17 +262,12 @@ class GymnasiumEnv(gymnasium.vector.VectorEnv if _VECTOR else object):
         first = self._fleet.reset(
             ids, [c["seed"] for c in configurations], [c["options"] for c in configurations]
         )
-        for i, configuration, raw in zip(ids, configurations, first):
-            state, privileged = self._state(raw), self._privileged(raw)
-            if not (np.isfinite(state).all() and np.isfinite(privileged).all()):
-                raise ValueError(
-                    f"{self.task}: the first observation from {configuration} is not finite"
-                )
-            self._configurations[i], self._raw[i] = configuration, raw
-            self._observation[STATE][i], self._observation[PRIVILEGED][i] = state, privileged
         self._steps[ids], self._returns[ids] = 0, 0.0
         for flags in (self._terminated, self._truncated, self._invalid, self._success):
             flags[ids] = False
+        for i, configuration, raw in zip(ids, configurations, first):
+            self._configurations[i] = configuration
+            self._unheard[i] = not self._see(i, raw)
         self._draw_pictures(ids)
 
     def configurations(self) -> list[dict[str, Any]]:
@@ -285,7 +286,7 @@ class GymnasiumEnv(gymnasium.vector.VectorEnv if _VECTOR else object):
             "action": result.action[:, 0],
             "invalid": self._invalid.copy(),
         }
-        flags = self._terminated.copy(), self._truncated.copy()
+        flags = self._terminated.copy(), self._truncated | self._invalid
         return (result.observation, result.reward[:, 0], *flags, infos)
 
     def step_chunk(self, actions: np.ndarray) -> ChunkStep:
@@ -320,7 +321,8 @@ class GymnasiumEnv(gymnasium.vector.VectorEnv if _VECTOR else object):
             ended = ids[self.done[ids]]
             self._draw_pictures(ended)  # now: environments that step together go on meanwhile
         self._draw_pictures(np.flatnonzero(begun & ~self.done))
-        invalid = begun & self._invalid
+        invalid = begun & self._invalid | self._unheard
+        self._unheard[:] = False
         return ChunkStep(
             observation=self._observe(),
             states=states,
@@ -331,7 +333,7 @@ class GymnasiumEnv(gymnasium.vector.VectorEnv if _VECTOR else object):
             truncated=truncated,
             success=success,
             mask=mask,
-            invalid=invalid if invalid.any() else None,
+            invalid=invalid,
         )
 
     @property
@@ -340,19 +342,10 @@ class GymnasiumEnv(gymnasium.vector.VectorEnv if _VECTOR else object):
         return self._terminated | self._truncated | self._invalid
 
     def _take(self, i: int, raw: Raw) -> bool:
-        """Take environment i's answer; False: it is no answer, and the episode void."""
-        problem = raw.error and f"{type(raw.error).__name__}: {raw.error}"
-        if problem is None:
-            state, privileged = self._state(raw.observation), self._privileged(raw.observation)
-            numbers = {"observation": state, "privileged": privileged, "reward": raw.reward}
-            broken = [name for name, value in numbers.items() if not np.isfinite(value).all()]
-            problem = f"{' and '.join(broken)} not finite" if broken else None
-        if problem is not None:
-            self._void(i, problem, raw.error)
+        """Take environment i's answer to an action; False: it is no answer, and the episode void."""
+        if not self._see(i, raw):
             return False
         self._failures[i] = 0
-        self._observation[STATE][i], self._observation[PRIVILEGED][i] = state, privileged
-        self._raw[i] = raw.observation
         self._steps[i] += 1
         self._returns[i] += raw.reward
         self._terminated[i] = raw.terminated
@@ -362,15 +355,30 @@ class GymnasiumEnv(gymnasium.vector.VectorEnv if _VECTOR else object):
         self._success[i] = self._succeeded(raw.info, self._returns[i], ended)
         return True
 
+    def _see(self, i: int, raw: Raw) -> bool:
+        """Take what environment i shows; False: it shows nothing that makes sense."""
+        problem = raw.error and f"{type(raw.error).__name__}: {raw.error}"
+        if problem is None:
+            state, privileged = self._state(raw.observation), self._privileged(raw.observation)
+            numbers = {"observation": state, "privileged": privileged, "reward": raw.reward}
+            broken = [name for name, value in numbers.items() if not np.isfinite(value).all()]
+            problem = f"{' and '.join(broken)} not finite" if broken else None
+        if problem is not None:
+            self._void(i, problem, raw.error)
+            return False
+        self._observation[STATE][i], self._observation[PRIVILEGED][i] = state, privileged
+        self._raw[i] = raw.observation
+        return True
+
     def _void(self, i: int, problem: str, error: Exception | None) -> None:
         self._invalid[i] = True
-        self._invalid_episodes += 1
-        self._last_failure = f"environment {i}, step {self._steps[i] + 1}: {problem}"
+        self.invalid_episodes += 1
+        self.last_failure = f"environment {i}, after {self._steps[i]} steps: {problem}"
         self._failures[i] = self._failures[i] + 1 if self._steps[i] == 0 else 0
         if self._failures[i] >= BROKEN:
             raise RuntimeError(
                 f"{self.task}: {BROKEN} episodes in a row failed at their first step; "
-                f"the last, {self._configurations[i]}, in {self._last_failure}"
+                f"the last, {self._configurations[i]}, in {self.last_failure}"
             ) from error
 
     # -- observations ----------------------------------------------------------------------------------------
@@ -404,13 +412,6 @@ class GymnasiumEnv(gymnasium.vector.VectorEnv if _VECTOR else object):
 
     def __repr__(self) -> str:
         return f"GymnasiumEnv({self.task}, num_envs={self.num_envs})"
-
-    def stats(self) -> dict[str, Any]:
-        """How many episodes were void since the beginning, and why the last one was."""
-        return {
-            "env/invalid_episodes": self._invalid_episodes,
-            "env/last_failure": self._last_failure,
-        }
 
     def close(self, **kwargs: Any) -> None:
         """Close the environments; again does nothing."""

@@ -33,13 +33,13 @@ class AutoresetError(ValueError):
 
 
 class Raw(NamedTuple):
-    """What one environment answered to an action."""
+    """What one environment answered to an action, or to a reset."""
 
     observation: Any
-    reward: float
-    terminated: bool
-    truncated: bool
-    info: dict[str, Any]
+    reward: float = 0.0
+    terminated: bool = False
+    truncated: bool = False
+    info: dict[str, Any] = {}  # noqa: RUF012  (nobody writes into it)
     error: Exception | None = None  # it failed, and the rest says nothing
 
 
@@ -179,14 +179,18 @@ class Singles:
 
     def reset(
         self, ids: Sequence[int], seeds: Sequence[int], options: Sequence[dict[str, Any]]
-    ) -> list[Any]:
+    ) -> list[Raw]:
         """The first observations of new episodes of `ids`."""
-        first = []
+        answers = []
         for i, seed, option in zip(ids, seeds, options):
             if self._global_seed:
                 np.random.seed(seed)
-            first.append(self._envs[i].reset(seed=seed, options=dict(option) or None)[0])
-        return first
+            try:
+                observation, _ = self._envs[i].reset(seed=seed, options=dict(option) or None)
+                answers.append(Raw(observation))
+            except Exception as error:  # as in `step`
+                answers.append(Raw(None, error=error))
+        return answers
 
     def step(self, ids: Sequence[int], actions: Sequence[Any]) -> list[Raw]:
         """One step of `ids`; one that fails does not keep the others from theirs."""
@@ -197,7 +201,7 @@ class Singles:
             except AutoresetError:
                 raise
             except Exception as error:  # a simulator that diverges raises what it likes
-                answers.append(Raw(None, 0.0, False, False, {}, error))
+                answers.append(Raw(None, error=error))
         return answers
 
     def render(self, ids: Sequence[int]) -> list[Any]:
@@ -259,19 +263,19 @@ class Together:
 
     def reset(
         self, ids: Sequence[int], seeds: Sequence[int], options: Sequence[dict[str, Any]]
-    ) -> list[Any]:
+    ) -> list[Raw]:
         """The first observations of new episodes of `ids`."""
         if not self._begun:
             self._env.reset(seed=[0] * self.count)
             self._begun = True
-        first: dict[int, Any] = {}
+        first: dict[int, Raw] = {}
         waiting = list(zip(ids, seeds, options))
         while waiting:  # one reset takes one set of options
             option = waiting[0][2]
             part = [(i, seed) for i, seed, own in waiting if own == option]
             waiting = [entry for entry in waiting if entry[2] != option]
             observation = self._reset(dict(part), option)
-            first.update((i, _row(observation, i)) for i, _ in part)
+            first.update((i, Raw(_row(observation, i))) for i, _ in part)
         return [first[i] for i in ids]
 
     def _reset(self, seeds: dict[int, int | None], option: dict[str, Any]) -> Any:
