@@ -38,6 +38,7 @@ LEAP = 0.06  # m in one step; who was here before it and is there after it may h
 # second cell would leave a visible mark.
 ENOUGH = 0.95  # of the ink's area
 
+TIPPED = 0.5  # cosine of the tilt beyond which it falls on its side, where a hand from above finds no hold
 HELD_WIDTH = (0.018, 0.038)  # m, how far the fingers stand apart with the eraser between them
 HELD_REACH = 0.03  # m, between tcp and eraser
 GRIP = 0.011  # m, the tcp above the eraser's middle: the fingertips stay clear of the shoulders
@@ -52,8 +53,8 @@ def _eraser() -> Thing:
     length, width, height = ERASER
     layers = (
         ("felt", (length, width), FELT, (0.16, 0.16, 0.17), 0.2),
-        ("body", (length, width), BODY, (0.1, 0.5, 0.25), 0.5),
-        ("handle", HANDLE, 2 * height - FELT - BODY, (0.1, 0.5, 0.25), 0.3),
+        ("body", (length, width), BODY, (0.1, 0.3, 0.8), 0.5),
+        ("handle", HANDLE, 2 * height - FELT - BODY, (0.1, 0.3, 0.8), 0.3),
     )
     shapes, bottom = [], -height
     for name, sides, thickness, rgb, share in layers:
@@ -190,10 +191,11 @@ class EraseWhiteboard:
         return self._fraction(now) >= ENOUGH - 1e-6
 
     def lost(self, now: Snapshot) -> Array:
-        """The eraser has left the table's reachable part."""
+        """The eraser has left the table's reachable part, or has tipped over."""
         xp = array_namespace(now.tcp)
         x, y = now.position["eraser"][:, 0], now.position["eraser"][:, 1]
-        return (x < 0.2) | (x > 0.85) | (xp.abs(y) > 0.5)
+        tipped = now.turn["eraser"][:, 2, 2] < TIPPED
+        return (x < 0.2) | (x > 0.85) | (xp.abs(y) > 0.5) | tipped
 
     def terms(self, now: Snapshot, gripper: Array) -> dict[str, Array]:
         """How near the hand is to the eraser, whether it holds it, how near that is to a mark, and what is wiped."""
@@ -310,7 +312,8 @@ class EraseWhiteboard:
         raise_by = xp.clip(3.0 * astray, max=HOVER)
         height = eraser[:, 2] + GRIP
         goal = xp.concat([eraser[:, :2], (height + raise_by)[:, None]], axis=1)
-        close = (off < 0.015) & (skew < 0.15) & (now.tcp[:, 2] - height < 0.008)
+        upright = now.turn["eraser"][:, 2, 2] > 0.9
+        close = upright & (off < 0.015) & (skew < 0.15) & (now.tcp[:, 2] - height < 0.008)
         return goal, turn, close
 
     def _to_wipe(self, now: Snapshot) -> tuple[Array, Array]:
