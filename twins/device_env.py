@@ -48,9 +48,10 @@ class DeviceTwinEnv(TwinEnv):
 
         self._configurations: list[dict[str, Any]] = [{} for _ in range(count)]
         self._controller = control.Controller(count, device=str(worlds.device))
-        self._target, self._turn = (
-            wp.to_torch(a) for a in (self._controller.target, self._controller.turn)
-        )
+        controller = self._controller
+        self._target, self._turn = wp.to_torch(controller.target), wp.to_torch(controller.turn)
+        self._executed, self._goal = wp.to_torch(controller.executed), wp.to_torch(controller.goal)
+        self._opening = wp.to_torch(controller.opening)
         self._state_noise, self._action_noise = zeros(), zeros()
         self._drawn_noise = zeros(6)
         self._seeds, self._steps = zeros(dtype=torch.int32), zeros(dtype=torch.int32)
@@ -200,9 +201,8 @@ class DeviceTwinEnv(TwinEnv):
         worlds, active = self.simulation, ~self._ended
         with worlds.here():
             unseen = self._noise(self._action_noise, ACTION_STREAM)
-            results = self._controller.command_all(actions, worlds.joints, active, unseen)
-        executed, goal, opening = (wp.to_torch(a) for a in results)
-        worlds.step(goal, opening, active)
+            self._controller.command_all(actions, worlds.joints, active, unseen)
+        worlds.step(self._goal, self._opening, active)
         went = active & ~worlds.diverged
         self._invalid |= active & worlds.diverged
         self._steps += went
@@ -213,8 +213,8 @@ class DeviceTwinEnv(TwinEnv):
             kept.copy_(torch.where(taken, value, kept))
             now.memory[name] = kept
         self._write_vectors(went, now)
-        self._judge(went, now, executed[:, 6])
-        return went, executed
+        self._judge(went, now, self._executed[:, 6])
+        return went, self._executed
 
     def _judge(self, went: Tensor, now: Snapshot, gripper: Tensor) -> None:
         """Success, reward and ending of the step that led to `now`, of those that took it."""

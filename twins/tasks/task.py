@@ -7,7 +7,8 @@ success in every simulator. They never write into what they get.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+import functools
+from typing import Any, NamedTuple, Protocol
 
 from array_api_compat import array_namespace, device
 
@@ -25,18 +26,27 @@ __all__ = [
     "Memory",
     "Snapshot",
     "Task",
+    "constant",
     "down",
 ]
 
 
+def constant(values: Any, like: Array) -> Array:
+    """`values`, numbers in nested tuples, as an array of the kind, type and device of `like`; not to be written into.
+
+    It is made once: bringing numbers to a GPU in every step would wait for it in every step.
+    """
+    return _made(values, array_namespace(like), like.dtype, device(like))
+
+
+@functools.lru_cache(maxsize=1024)
+def _made(values: Any, xp: Any, dtype: Any, place: Any) -> Array:
+    return xp.asarray(values, dtype=dtype, device=place)
+
+
 def down(like: Array) -> Array:
     """(3, 3), the hand's orientation at yaw 0: it points down and the fingers open along y."""
-    xp = array_namespace(like)
-    return xp.asarray(
-        [[1.0, 0.0, 0.0], [0.0, -1.0, 0.0], [0.0, 0.0, -1.0]],
-        dtype=like.dtype,
-        device=device(like),
-    )
+    return constant(((1.0, 0.0, 0.0), (0.0, -1.0, 0.0), (0.0, 0.0, -1.0)), like)
 
 
 class Box(NamedTuple):
