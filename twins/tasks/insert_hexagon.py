@@ -9,6 +9,7 @@ import math
 
 from twins.shapes import Shape, Thing
 from twins.tasks.insertion import SMOOTH, Insertion, regions
+from twins.tasks.task import Finish, Grasp
 
 FLATS, HEIGHT, MASS = 0.05, 0.064, 0.12  # m between opposite sides, m, kg
 CLEARANCE = 0.00075  # m, on each side
@@ -78,8 +79,7 @@ class InsertHexagonBlock(Insertion):
         "fit the hexagonal prism into its socket",
     )
     things = (_prism(), _socket())
-    symmetry, grasps, either_way_up = 6, 6, True
-    foot, radius, rim = HEIGHT / 2, SIDE, RIM
-    grip = 0.015
-    grip_width = (FLATS - 0.005, FLATS + 0.013)  # up to across the corners
+    grasp = Grasp(width=FLATS, position=(0.0, 0.0, 0.015), turns=6)
+    finish = Finish(position=(0.0, 0.0, HEIGHT / 2), turns=6)
+    either_way_up, radius, rim = True, SIDE, RIM
     regions = regions(math.pi / 6, math.pi / 6)

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 from twins.shapes import Shape, Thing
 from twins.tasks.insertion import SMOOTH, Insertion, regions
+from twins.tasks.task import Finish, Grasp
 
 RADIUS, LENGTH, SPACING = 0.011, 0.046, 0.036  # m, of a column, and between two columns' axes
 BRIDGE = (0.047, 0.013, 0.012)  # m, half extents of what joins the columns
 COLUMN_MASS, BRIDGE_MASS = 0.035, 0.045  # kg
 CLEARANCE = 0.00075  # m, on each side
 RIM, WALL = 0.03, 0.014  # m, the socket's height and the thickness of its outer walls
-FOOT = LENGTH  # m, from the block's origin, where columns and bridge meet, to the columns' ends
 
 
 def _block() -> Thing:
+    # Its origin is where columns and bridge meet.
     bridge = Shape(
         "block_bridge",
         "box",
@@ -39,7 +40,7 @@ def _block() -> Thing:
         )
         for i, short in enumerate((0.0, 0.0005, 0.0))
     )
-    return Thing("block", (bridge, *columns), free=True, height=FOOT, colour_range=0.08)
+    return Thing("block", (bridge, *columns), free=True, height=LENGTH, colour_range=0.08)
 
 
 def _socket() -> Thing:
@@ -87,8 +88,7 @@ class InsertTripleColumnBlock(Insertion):
         "plug the triple column block in",
     )
     things = (_block(), _socket())
-    symmetry, grasps, either_way_up = 2, 2, False
-    foot, radius, rim = FOOT, RADIUS + SPACING, RIM
-    grip = BRIDGE[2]
-    grip_width = (2 * BRIDGE[1] - 0.005, 2 * BRIDGE[1] + 0.013)
+    grasp = Grasp(width=2 * BRIDGE[1], position=(0.0, 0.0, BRIDGE[2]), turns=2)
+    finish = Finish(position=(0.0, 0.0, LENGTH), turns=2)
+    either_way_up, radius, rim = False, BRIDGE[0], RIM
     regions = regions(0.8, 0.6)

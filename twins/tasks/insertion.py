@@ -15,7 +15,7 @@ from array_api_compat import array_namespace
 
 from twins import rotation
 from twins.shapes import Thing
-from twins.tasks.task import GRIPPER, Array, Box, Memory, Snapshot, down
+from twins.tasks.task import GRIPPER, Array, Box, Finish, Grasp, Memory, Snapshot, down
 
 TOUCH = ("block", GRIPPER)
 BLOCK_X, BLOCK_Y = (0.38, 0.52), (0.03, 0.22)  # m, where the block starts; y on either side
@@ -35,6 +35,11 @@ LEVER = 0.025  # m: a radian off counts as much as this
 PRESS = 0.0025  # m, how far below rim and table the block is wanted
 PACE = 0.006  # m a step, while lowering in the hole
 NEAR = 0.008  # m, beside the hole, where it may be moved on the rim
+LYING = 0.6  # cosine of the angle from which a block lies rather than leans
+MAX_TILT = 0.5  # rad, of a hand that can still put a block into the hole
+STANDING_X, STANDING_Y = (0.4, 0.48), 0.2  # m, where that is done
+STEEP = 0.4  # rad off upright, from which it falls upright when it is let go
+LOOSE = 0.013  # m, that the fingers may stand wider than they should, for a skewed grasp
 # Between tcp and the grasped place, in m: held at all; and held well enough, across the block and along it.
 GRASP_REACH, FIRM, SLID = 0.035, 0.012, 0.015
 
@@ -60,13 +65,10 @@ class Insertion:
     )
 
     things: tuple[Thing, ...]
-    symmetry: int  # the block fits at as many angles
-    grasps: int  # and can be grasped at as many
-    either_way_up: bool
-    foot: float  # m, from the block's origin down to its foot
+    grasp: Grasp
+    finish: Finish  # its height is that of the block's origin over its foot, wherever it stands
+    either_way_up: bool  # a block that is the same upside down
     radius: float  # m, from the block's middle to its farthest side
-    grip: float  # m, from its origin up to where it is grasped
-    grip_width: tuple[float, float]  # m, how far the fingers stand apart with it between them
     rim: float  # m, height of the socket
 
     def fits(self, placement: dict[str, list[float]]) -> bool:
@@ -85,14 +87,14 @@ class Insertion:
         """In the hole down to the table, upright, at rest, and neither held nor touched."""
         velocity = now.velocity["block"]
         slow = (rotation.norm(velocity[:, :3]) < 0.02) & (rotation.norm(velocity[:, 3:]) < 0.5)
-        free = (gripper > 0.5) & (now.width > self.grip_width[1]) & ~now.contact[TOUCH]
+        free = (gripper > 0.5) & (now.width > self.grasp.width + LOOSE) & ~now.contact[TOUCH]
         return self.inserted(now) & slow & free
 
     def inserted(self, now: Snapshot) -> Array:
         """(n,) bool: the block stands in the hole. Only its own angles let it get there."""
         xp = array_namespace(now.tcp)
         offset = now.position["block"] - now.position["socket"]
-        deep = xp.abs(offset[:, 2] - self.foot) < ABOVE
+        deep = xp.abs(offset[:, 2] - self.finish.position[2]) < ABOVE
         upright = rotation.norm(self.upright(now)[:, :2, 2]) < LEAN
         return (rotation.norm(offset[:, :2]) < ASIDE) & deep & upright
 
@@ -109,7 +111,7 @@ class Insertion:
         offset = now.position["block"] - now.position["socket"]
         aligned = 1.0 - xp.tanh(5.0 * self.astray(now))
         inside = xp.astype(rotation.norm(offset[:, :2]) < ASIDE, now.tcp.dtype)
-        depth = xp.clip(1.0 - (offset[:, 2] - self.foot) / self.rim, min=0.0, max=1.0)
+        depth = xp.clip(1.0 - (offset[:, 2] - self.finish.position[2]) / self.rim, min=0.0, max=1.0)
         inserted = inside * depth
         return {
             "reach": 1.0 - xp.tanh(5.0 * rotation.norm(self.grasp_point(now) - now.tcp)),
@@ -119,18 +121,24 @@ class Insertion:
         }
 
     def upright(self, now: Snapshot) -> Array:
-        """(n, 3, 3) the block's orientation; one that fits either way up is seen as standing on its lower end."""
+        """(n, 3, 3) the block's orientation; one that fits either way up is seen as standing on its lower end.
+
+        Of one that lies flat the end towards the robot counts as the upper one: in raising it the hand comes to
+        point towards the robot, or sideways, which the wrist can do, and away from it it can't.
+        """
         turn = now.turn["block"]
         if not self.either_way_up:
             return turn
         xp = array_namespace(turn)
-        over = (turn[:, 2, 2] < 0.0)[:, None, None]
-        return xp.where(over, turn @ down(turn), turn)
+        up = turn[:, :, 2]
+        inward = -xp.sum(up[:, :2] * now.position["block"][:, :2], axis=1)
+        over = xp.where(xp.abs(up[:, 2]) < 0.3, inward, up[:, 2]) < 0.0
+        return xp.where(over[:, None, None], turn @ down(turn), turn)
 
     def away(self, now: Snapshot) -> Array:
         """(n,) the angle in rad by which the block must turn to fit, the nearest of those that do."""
         missing = rotation.yaw(now.turn["socket"]) - rotation.yaw(self.upright(now))
-        return rotation.wrap(missing, 2.0 * math.pi / self.symmetry)
+        return rotation.wrap(missing, 2.0 * math.pi / self.finish.turns)
 
     def astray(self, now: Snapshot) -> Array:
         """(n,) m, how far the block is from straight over the hole, angles included."""
@@ -141,11 +149,11 @@ class Insertion:
 
     def grasp_point(self, now: Snapshot) -> Array:
         """(n, 3) m, where the hand takes the block."""
-        return now.position["block"] + self.grip * self.upright(now)[:, :, 2]
+        return now.position["block"] + self.grasp.position[2] * self.upright(now)[:, :, 2]
 
     def held(self, now: Snapshot) -> Array:
         """(n,) bool: the block is between fingers that cannot close further."""
-        low, high = self.grip_width
+        low, high = self.grasp.width - LOOSE, self.grasp.width + LOOSE
         near = rotation.norm(self.grasp_point(now) - now.tcp) < GRASP_REACH
         return near & (now.width > low) & (now.width < high) & now.contact[TOUCH]
 
@@ -156,7 +164,9 @@ class Insertion:
         into = rotation.transpose(now.turn["socket"])
 
         def angle(yaw: Array) -> Array:
-            return xp.stack([xp.sin(self.symmetry * yaw), xp.cos(self.symmetry * yaw)], axis=1)
+            return xp.stack(
+                [xp.sin(self.finish.turns * yaw), xp.cos(self.finish.turns * yaw)], axis=1
+            )
 
         columns: list[Any] = [
             block,
@@ -175,19 +185,24 @@ class Insertion:
     def expert(self, now: Snapshot, target: Array, target_turn: Array) -> Array:
         """(n, 7) actions: grasp from above, carry, align over the hole, lower, let go."""
         xp = array_namespace(now.tcp)
-        held, inserted = self.held(now) & ~self._slipped(now), self.inserted(now)
+        inserted = self.inserted(now)
         reach, reach_turn, close = self._approach(now, target)
-        carry, carry_turn = self._insert(now, target)
+        carry, carry_turn, tilted = self._insert(now, target)
+        raised, raised_turn, stands = self._stand_up(now, target)
+        held = self.held(now) & ~self._slipped(now) & ~(tilted & stands)
 
-        goal = xp.where(held[:, None], carry, reach)
-        turn = xp.where(held[:, None, None], carry_turn, reach_turn)
+        def choose(which: Array, one: Array, other: Array) -> Array:
+            return xp.where(xp.reshape(which, (-1,) + (1,) * (one.ndim - 1)), one, other)
+
+        goal = choose(held, choose(tilted, raised, carry), reach)
+        turn = choose(held, choose(tilted, raised_turn, carry_turn), reach_turn)
         # An inserted block is let go; only when the fingers have opened does the hand rise.
-        opened = now.width > self.grip_width[1]
+        opened = now.width > self.grasp.width + LOOSE
         up = xp.where(opened, now.tcp[:, 2] + HOVER, target[:, 2])
         leave = xp.concat([target[:, :2], up[:, None]], axis=1)
-        goal = xp.where(inserted[:, None], leave, goal)
-        turn = xp.where(inserted[:, None, None], target_turn, turn)
-        opening = xp.astype(inserted | ~(held | close), now.tcp.dtype)
+        goal = choose(inserted, leave, goal)
+        turn = choose(inserted, target_turn, turn)
+        opening = xp.astype(inserted | (tilted & stands) | ~(held | close), now.tcp.dtype)
         spin = rotation.log(turn @ rotation.transpose(target_turn))
         return xp.concat([goal - target, spin, opening[:, None]], axis=1)
 
@@ -198,8 +213,10 @@ class Insertion:
         off = now.tcp - self.grasp_point(now)
         along = xp.sum(off * up, axis=1)[:, None]
         slid = (xp.abs(along[:, 0]) > SLID) | (rotation.norm(off - along * up) > FIRM)
-        foot = now.position["block"][:, 2] - self.foot
-        settled = (foot < 0.004) | ((foot < self.rim + 0.002) & (self.astray(now) < 0.004))
+        foot = now.position["block"][:, 2] - self.finish.position[2] * up[:, 2]
+        settled = (up[:, 2] > 0.9) & (foot < 0.004) | (
+            (foot < self.rim + 0.002) & (self.astray(now) < 0.004)
+        )
         return slid & settled
 
     def _approach(self, now: Snapshot, target: Array) -> tuple[Array, Array, Array]:
@@ -207,8 +224,12 @@ class Insertion:
         xp = array_namespace(now.tcp)
         point = self.grasp_point(now)
         facing = rotation.yaw(now.tcp_turn)
-        yaw = rotation.yaw(self.upright(now))
-        yaw = facing + rotation.wrap(yaw - facing, 2.0 * math.pi / self.grasps)
+        turn = self.upright(now)
+        yaw = facing + rotation.wrap(rotation.yaw(turn) - facing, 2.0 * math.pi / self.grasp.turns)
+        # One that lies is taken across, so that raising the hand's outer side raises it.
+        along = xp.atan2(turn[:, 1, 2], turn[:, 0, 2])
+        along = facing + rotation.wrap_half_turn(along - facing)
+        yaw = xp.where(turn[:, 2, 2] < LYING, along, yaw)
         turn = rotation.about_z(yaw) @ down(now.tcp)
         off = rotation.norm((point - now.tcp)[:, :2])
         skew = rotation.norm(rotation.log(turn @ rotation.transpose(now.tcp_turn)))
@@ -222,18 +243,24 @@ class Insertion:
         close = (off < 0.008) & (skew < 0.1) & (xp.abs(low) < 0.008)
         return xp.concat([sideways, height[:, None]], axis=1), turn, close
 
-    def _insert(self, now: Snapshot, target: Array) -> tuple[Array, Array]:
-        """Where the hand goes (n, 3), (n, 3, 3) to bring the block that it holds into the hole."""
+    def _insert(self, now: Snapshot, target: Array) -> tuple[Array, Array, Array]:
+        """Where the hand goes (n, 3), (n, 3, 3) to bring the block that it holds into the hole.
+
+        Also whether the hand would be tilted too far there (n,).
+        """
         xp = array_namespace(now.tcp)
         block, socket, turn = now.position["block"], now.position["socket"], self.upright(now)
         lean = rotation.norm(turn[:, :2, 2])
-        foot = block[:, 2] - self.foot * turn[:, 2, 2] - self.radius * lean  # its lowest point
+        foot = (
+            block[:, 2] - self.finish.position[2] * turn[:, 2, 2] - self.radius * lean
+        )  # its lowest point
         aside = rotation.norm((block - socket)[:, :2])
         astray = self.astray(now)
         inside = (foot < self.rim - 0.0005) & (astray < 0.003)
 
         # How the block has to turn, and where the hand is then as seen from the block.
-        change = rotation.about_z(rotation.yaw(turn) + self.away(now)) @ rotation.transpose(turn)
+        fitting = rotation.about_z(rotation.yaw(turn) + self.away(now))
+        change = fitting @ rotation.transpose(turn)
         from_block = rotation.apply(change, now.tcp - block)
         over = socket + from_block
 
@@ -243,10 +270,35 @@ class Insertion:
         free = xp.where(aside < NEAR, xp.ones_like(cleared), cleared)[:, None]
         sideways = target[:, :2] + free * (over - target)[:, :2]
         hover = xp.clip(2.0 * (astray - ALIGNED), min=-PRESS, max=CLEAR)
-        hover = self.rim + hover + self.foot + from_block[:, 2]
-        deep = self.foot - PRESS + from_block[:, 2]
+        hover = self.rim + hover + self.finish.position[2] + from_block[:, 2]
+        deep = self.finish.position[2] - PRESS + from_block[:, 2]
         height = xp.where(inside, xp.maximum(deep, now.tcp[:, 2] - PACE), hover)
-        return xp.concat([sideways, height[:, None]], axis=1), change @ now.tcp_turn
+        hand = change @ now.tcp_turn
+        tilted = hand[:, 2, 2] > -math.cos(MAX_TILT)
+        return xp.concat([sideways, height[:, None]], axis=1), hand, tilted
+
+    def _stand_up(self, now: Snapshot, target: Array) -> tuple[Array, Array, Array]:
+        """Where the hand goes (n, 3), (n, 3, 3) to stand a block up that it holds askew, and whether that is done.
+
+        The hand cannot lie down as far as the block has to come up; the block falls into place from STEEP on.
+        """
+        xp = array_namespace(now.tcp)
+        block, up = now.position["block"], self.upright(now)[:, :, 2]
+        across = xp.stack([up[:, 1], -up[:, 0], xp.zeros_like(up[:, 0])], axis=1)
+        across = across / xp.clip(rotation.norm(across), min=rotation.SMALL)[:, None]
+        lean = xp.acos(xp.clip(up[:, 2], min=-1.0, max=1.0))
+        missing = xp.clip(lean - STEEP, min=0.0)
+        change = rotation.exp(across * missing[:, None])
+        from_block = rotation.apply(change, now.tcp - block)
+        ready = missing < 0.15
+        lift = self.finish.position[2] * xp.cos(lean) + self.radius * xp.sin(lean)
+        height = lift + xp.where(ready, xp.full_like(lift, -PRESS), xp.full_like(lift, 0.015))
+        # Meanwhile it comes to where the arm reaches a tilted pose: a target out of reach would creep away.
+        x = xp.clip(target[:, 0], min=STANDING_X[0], max=STANDING_X[1])
+        y = xp.clip(target[:, 1], min=-STANDING_Y, max=STANDING_Y)
+        goal = xp.stack([x, y, height + from_block[:, 2]], axis=1)
+        stands = ready & (block[:, 2] - lift < 0.003)
+        return goal, change @ now.tcp_turn, stands
 
 
 def regions(block_yaw: float, socket_yaw: float) -> dict[str, dict[str, Box]]:
