@@ -154,7 +154,7 @@ def test_demonstrations_of_one_half_succeed_retargeted_to_the_other(demonstratio
 
 def test_a_demonstration_retargeted_to_itself_passes_through_its_own_grasp(demonstrations):
     shown = demonstrations[0]
-    plan = retarget(shown, shown.configuration)
+    plan = retarget(shown, shown.configuration, task.PickAndPlace())
     grasp = int(np.flatnonzero(shown.gripper < 0.5)[0])
     gates = np.flatnonzero(plan.gates)
     np.testing.assert_allclose(plan.targets[gates[0]], shown.targets[grasp], atol=1e-12)
@@ -165,7 +165,7 @@ def test_a_demonstration_retargeted_to_itself_passes_through_its_own_grasp(demon
 def test_a_demonstration_without_a_grasp_is_refused(demonstrations):
     broken = demonstrations[0]._replace(gripper=np.ones(len(demonstrations[0].gripper)))
     with pytest.raises(ValueError, match="never grasps"):
-        retarget(broken, broken.configuration)
+        retarget(broken, broken.configuration, task.PickAndPlace())
 
 
 def _yellow(images):
