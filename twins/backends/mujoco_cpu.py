@@ -235,11 +235,12 @@ class MujocoSimulation:
 
     def hide(self, ids: np.ndarray, hidden: dict[str, np.ndarray]) -> None:
         """See the contract."""
-        if self._renderer is None:
+        if self._renderer is None or not hidden:
             return
-        for name, gone in hidden.items():
-            geom = self.model.geom(name).id
-            self._looks["geom_rgba"][ids, geom, 3] = np.where(gone, 0.0, 1.0)
+        geoms = [self.model.geom(name).id for name in hidden]
+        # The ray tracer passes through what is fully transparent.
+        opacity = 1.0 - np.stack(list(hidden.values()), axis=1)
+        self._looks["geom_rgba"][ids[:, None], geoms, 3] = opacity
 
     def images(self, ids: np.ndarray) -> dict[str, np.ndarray]:
         """See the contract."""
