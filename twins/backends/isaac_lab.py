@@ -55,7 +55,7 @@ class IsaacLab(Lockstep):
         import torch
         from isaaclab.scene import InteractiveScene
 
-        self._torch, self._device = torch, device
+        self._torch = torch
         self._steps = max(1, round(self.scene["control_seconds"] * physics_hz))
         self._seconds = self.scene["control_seconds"] / self._steps
         physx = sim_utils.PhysxCfg(
@@ -72,6 +72,7 @@ class IsaacLab(Lockstep):
             scene_settings(self.scene, self.bodies, self._folder.name, count, image_size)
         )
         self._sim.reset()
+        self._device = self._scene.env_origins.device
         self._arm = self._scene["arm"]
         self._things = [self._scene[body.name] for body in self.movable]
         names = list(self._arm.joint_names)

@@ -1,0 +1,1 @@
+"""Stand-in of ManiSkill 3: see the README beside."""
