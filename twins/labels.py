@@ -21,6 +21,7 @@ COPIES = 64  # scenes placed and rendered at once
 KINDS, SHARES = ("reach", "hover", "carry", "goal", "roam"), (0.3, 0.15, 0.25, 0.1, 0.2)
 FINISHED = 0.5  # of the scenes at the goal, how many have the thing lying there, if it is let go
 OVER, LOW = 0.3, 0.35  # of the scenes with a carried thing: above its finish, above its start
+USED = 0.5  # of the scenes with a tool above its finish, in how many it is used there
 USES = 12  # the stroke that a tool made before, in a task that remembers: so many steps, or fewer
 GRIP = 0.0005  # m, how far a finger, or a tool in use, presses into what it touches
 SLIP, TILT = (
@@ -112,8 +113,10 @@ def _place(
     yaw[low] = rotation.yaw(grip_turn)[low]
 
     lift = rng.uniform(0.0, 0.13, count)
+    in_use = over & (rng.uniform(size=count) < USED) & (not task.finish.released)
+    lift[in_use] = 0.0
     releasing, release_turn = _gripping(task, finished, finished_turn, rng)
-    tip[over] = (releasing + _aside(rng, 0.002 + 0.2 * lift, lift))[over]
+    tip[over] = (releasing + _aside(rng, np.where(in_use, 0.0, 0.002 + 0.2 * lift), lift))[over]
     yaw[over] = (rotation.yaw(release_turn) + lift * rng.normal(size=count))[over]
     leave = rng.uniform(0.02, 0.15, count)
     tip[at_goal] = (releasing + _aside(rng, 0.2 * leave, leave))[at_goal]
@@ -131,6 +134,8 @@ def _place(
     world.place(ids[carry], task.grasped, held[carry], held_turn[carry])
     dropped = at_goal & (rng.uniform(size=count) < FINISHED)
     world.place(ids[dropped], task.grasped, finished[dropped], finished_turn[dropped])
+    pressed = finished - [0.0, 0.0, GRIP]
+    world.place(ids[in_use], task.grasped, pressed[in_use], finished_turn[in_use])
     world.place_arm(ids, joints, finger)
     world.batch.forward(ids)  # contacts too
     return world.snapshot(ids)._replace(memory=memory)
