@@ -1,6 +1,6 @@
-"""Batched images from mujoco-warp's ray tracer, fed with poses that C MuJoCo computed.
+"""Batched images from mujoco-warp's ray tracer, for a GPU: on the CPU `twins.tracer` draws the same several times faster.
 
-No window system, no OpenGL: the tracer runs on warp's CPU device or on a GPU. Worlds are traced in blocks of a
+No window system, no OpenGL. It runs on warp's CPU device too, for tests. Worlds are traced in blocks of a
 fixed size, because a context's buffers and acceleration structure are sized once.
 """
 

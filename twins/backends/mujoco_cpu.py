@@ -1,4 +1,4 @@
-"""C MuJoCo on the CPU: N copies of one scene in a batch, with images from mujoco-warp's ray tracer."""
+"""C MuJoCo on the CPU: N copies of one scene in a batch, with images from the CPU's tracer, or mujoco-warp's on a GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import mujoco
 import numpy as np
 from mujoco.batch import Batch
 
-from twins import arm, kinematics, rotation, scene
+from twins import arm, kinematics, rotation, scene, tracer
 from twins.backends.contract import Capabilities
 from twins.control import ToolPoses
 from twins.randomise import COLOURS
@@ -67,9 +67,9 @@ class MujocoSimulation:
         self._weighed = np.ones(count)  # the mass factor that set_const last saw
         self._find_things()
         self._tool_poses = ToolPoses(count)
-        self._renderer = None
+        self._renderer: Any = None
         if self.cameras:
-            self._prepare_images(image_size, device)
+            self._prepare_images(image_size, threads, device)
 
     def _find_things(self) -> None:
         """Where each thing's pose, velocity, contacts and geoms are in the model's arrays."""
@@ -97,18 +97,20 @@ class MujocoSimulation:
             geom, owner = model.geom(i).name, model.body(model.geom_bodyid[i]).name
             self._kinds[owners.get(owner, geom if geom in COLOURS else "arm")].append(i)
 
-    def _prepare_images(self, image_size: int, device: str) -> None:
-        # Warp takes most of a second to import: an environment without images does without it.
-        from twins import render
-
+    def _prepare_images(self, image_size: int, threads: int, device: str) -> None:
         model, batch = self.model, self.batch
         self._camera_pos, self._camera_quat = batch.expand("cam_pos"), batch.expand("cam_quat")
-        self._poses = {name: batch.bind(name) for name in render.POSES}
+        self._poses = {name: batch.bind(name) for name in tracer.POSES}
         self._looks = {
-            "geom_rgba": np.tile(model.geom_rgba, (self.count, 1, 1)),
+            "geom_rgba": np.tile(model.geom_rgba.astype(np.float32), (self.count, 1, 1)),
             "light_diffuse": np.tile(model.light_diffuse, (self.count, 1, 1)),
             "light_xdir": np.tile(model.light_dir, (self.count, 1, 1)),
         }
+        if device == "cpu":
+            self._renderer = tracer.Tracer(model, self.cameras, image_size, threads=threads)
+            return
+        from twins import render  # it takes most of a second to import
+
         block = min(self.count, render.BLOCK)
         self._renderer = render.Renderer(
             model, self.cameras, image_size, block=block, device=device
