@@ -70,11 +70,12 @@ class DeviceTwinEnv(TwinEnv):
         }
         pixels = self.image_size, self.image_size, 3
         self._images = {name: zeros(*pixels, dtype=torch.uint8) for name in self.cameras}
-        self._observation = {
+        buffers = {
             STATE: wp.to_torch(self._controller.state),
             PRIVILEGED: zeros(self.privileged_dim),
             **{image_key(name): images for name, images in self._images.items()},
         }
+        self._observation = {key: buffers[key] for key in self.observation_space}
 
     # -- resets ----------------------------------------------------------------------------------------------------
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace
 
 from twins import rotation
 from twins.shapes import Shape, Thing
-from twins.tasks.task import GRIPPER, Array, Box, Finish, Grasp, Memory, Snapshot, down
+from twins.tasks.task import GRIPPER, Array, Box, Finish, Grasp, Memory, Snapshot, constant, down
 
 BOARD = (0.085, 0.13, 0.005)  # m, half extents
 ERASER = (0.05, 0.025, 0.02)  # m, half extents of felt, body and handle together
@@ -221,8 +221,7 @@ class EraseWhiteboard:
         xp = array_namespace(now.tcp)
         length, width, height = ERASER
         signs = ((1, 1), (1, -1), (-1, 1), (-1, -1))
-        corners = [(length * a, width * b, -height) for a, b in signs]
-        corners = xp.asarray(corners, dtype=now.tcp.dtype, device=device(now.tcp))
+        corners = constant(tuple((length * a, width * b, -height) for a, b in signs), now.tcp)
         # (n, 4) heights of the felt's corners over the board
         heights = now.turn["eraser"][:, 2, :] @ corners.T + self._clearance(now)[:, None] + height
         return now.contact[RUBS] & (xp.max(xp.abs(heights), axis=1) < FLAT)
@@ -242,9 +241,7 @@ class EraseWhiteboard:
 
     def _cells(self, now: Snapshot) -> Array:
         """(n, CELLS, 3) m, where the cells are."""
-        xp = array_namespace(now.tcp)
-        places = [(x, y, 0.0) for x, y, _ in PLACES]
-        places = xp.asarray(places, dtype=now.tcp.dtype, device=device(now.tcp))
+        places = constant(tuple((x, y, 0.0) for x, y, _ in PLACES), now.tcp)
         turned = places @ rotation.transpose(now.turn["ink"])
         return turned + now.position["ink"][:, None, :]
 
@@ -332,10 +329,8 @@ class EraseWhiteboard:
         here = rotation.apply(rotation.transpose(frame), eraser - now.position["ink"])
         across, along = here[:, 0], here[:, 1]
         gone = self.wiped(now.memory)
-        stroke = [y for _, y, _ in PLACES]
-        stroke = xp.asarray(stroke, dtype=now.tcp.dtype, device=device(now.tcp)) + xp.zeros_like(
-            xp.astype(gone, now.tcp.dtype)
-        )
+        stroke = constant(tuple(y for _, y, _ in PLACES), now.tcp)
+        stroke = stroke + xp.zeros_like(xp.astype(gone, now.tcp.dtype))
         low = xp.min(xp.where(gone, xp.full_like(stroke, 1.0), stroke), axis=1)
         high = xp.max(xp.where(gone, xp.full_like(stroke, -1.0), stroke), axis=1)
         lower_end = xp.abs(along - low) <= xp.abs(along - high)
