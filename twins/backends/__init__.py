@@ -49,6 +49,9 @@ BACKENDS: dict[str, Backend] = {
         "twins.device_worlds:DeviceWorlds", True, "twins.device_env:DeviceTwinEnv"
     ),
     "gymnasium": Backend("twins.backends.gymnasium_env:GymnasiumEnv", False),
+    "isaac-gym": Backend("twins.backends.isaac_gym:IsaacGym", True),
+    "isaac-lab": Backend("twins.backends.isaac_lab:IsaacLab", True),
+    "maniskill": Backend("twins.backends.maniskill:ManiSkill", True),
 }
 
 

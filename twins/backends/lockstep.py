@@ -24,6 +24,8 @@ PRESSING = 0.02  # N; less on hand and fingers is not a touch
 BURIED = -20.0  # m, the height of what is out of sight
 TABLE_DEPTH = 0.04  # m
 GRIPPER, ARM, TABLE = "gripper", "arm", "table"
+# What a draw's entries are called in `twins.randomise.CHANGES`, where it is not the same.
+CHANGES = {"lamp": "light", "cameras": "camera", "colours": "colour"}
 HAND, FINGERS = "hand", ("finger_left", "finger_right")
 
 
@@ -170,19 +172,21 @@ class Lockstep:
         raise NotImplementedError
 
     def _refuse(self, draws: List[Dict[str, Any]], names: Sequence[str]) -> None:
-        """Say which of the draws' `names` this simulator cannot vary, if any is not the nominal one."""
+        """Say which of the draws' `names` this simulator cannot vary, if any of them is not the nominal one."""
         x, y, z = self.scene["light"]["direction"]
         nominal = {"light": self.scene["light"]["diffuse"][0], "lamp": [-x / z, -y / z]}
+        nominal.update(dict.fromkeys(("friction", "mass", "servo"), 1.0))
+        found = set()
         for draw in draws:
             for name in names:
                 values = draw[name].values() if isinstance(draw[name], dict) else [draw[name]]
-                plain = nominal.get(name, 1.0 if name in ("friction", "mass", "servo") else 0.0)
-                if not all(np.allclose(value, plain, atol=1e-6) for value in values):
-                    change = {"lamp": "light", "cameras": "camera", "colours": "colour"}
-                    raise ValueError(
-                        f"{type(self).__name__} can't draw {name!r} for each environment; "
-                        f"set the randomisation of {change.get(name, name)!r} to 0"
-                    )
+                if not all(np.allclose(v, nominal.get(name, 0.0), atol=1e-6) for v in values):
+                    found.add(CHANGES.get(name, name))
+        if found:
+            raise ValueError(
+                f"{type(self).__name__} can't draw {', '.join(sorted(found))} for each environment; "
+                "set the randomisation of each of them to 0"
+            )
 
     # -- the contract ----------------------------------------------------------------------------------------
 
@@ -311,4 +315,5 @@ class Lockstep:
 
 
 def _pose(roots: np.ndarray) -> Pose:
-    return roots[:, :3], matrix(roots[:, 3:7])
+    with np.errstate(invalid="ignore"):  # of a simulation that has diverged
+        return roots[:, :3], matrix(roots[:, 3:7])
