@@ -7,7 +7,7 @@ decides whether the result is a success worth keeping.
 
 Where the thing has to fit, a demonstration's own accuracy would not do: its poses were measured, and the thing is
 never held twice in the same way. The simulation knows how it is held now, so the part around the release is moved
-until the thing, as it is held, ends exactly in its place.
+until the thing, as it is held, ends exactly in its place; and a tool is kept level where it is used.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ PUSH, PUSHES = (
     20,
 )  # a thing that sticks is pushed: so much further than it has to go, for so many steps
 STRAIGHT = 0.05  # m above its place, from where on it goes straight down
+USED, PRESS = (
+    0.012,
+    0.004,
+)  # m: a tool is in use below this over its lowest; how far it is pressed on
 RISE = 0.06  # m, in the end the open hand leaves upwards
 
 _TCP = STATE_NAMES.index("tcp_x")
@@ -93,6 +97,8 @@ class Plan(NamedTuple):
     bringing: int  # from here on poses go with the goal
     release: int  # the last one before the thing is let go, or the last
     fit: tuple[np.ndarray, float] | None  # where a thing that has to fit ends: (3,) m, and its yaw
+    used: np.ndarray  # (L,) bool, a tool is in use
+    level: float  # m, height of its origin then
 
 
 class Motion(NamedTuple):
@@ -128,7 +134,7 @@ def retarget(demonstration: Demonstration, configuration: dict[str, Any], task: 
     lower = _thinned(targets, step[max(lifted, lowered) : release])
     fit, lined_up = None, lower[:1]
     if released and task.finish.turns and not any(task.finish.spread):
-        fit = motions[1].moved, _pose(configuration, task.goal)[1] + task.finish.yaw
+        fit = motions[1].moved, _pose(configuration, task, task.goal)[1] + task.finish.yaw
         bringing, straight = _straightened(*bringing, release, lower)
         lower = [t for t in lower if t < min(straight, default=release)] + straight
         lined_up = straight[:1]
@@ -150,14 +156,21 @@ def retarget(demonstration: Demonstration, configuration: dict[str, Any], task: 
         up[0][last, 2] += RISE
         rows.append((up, last, 1.0, False))
     begin = len(approach) + 2 + len(lift)
+    targets = np.array([places[t] for (places, _), t, _, _ in rows])
+    used = np.zeros(len(targets), bool)
+    if not released:
+        heights = targets[begin:, 2]
+        used[begin:] = heights < np.quantile(heights, 0.25) + USED
     return Plan(
-        np.array([places[t] for (places, _), t, _, _ in rows]),
+        targets,
         np.array([turned[t] for (_, turned), t, _, _ in rows]),
         np.array([opening for _, _, opening, _ in rows]),
         np.array([gate for _, _, _, gate in rows]),
         begin,
         begin + len(lower),
         fit,
+        used,
+        motions[1].moved[2],
     )
 
 
@@ -202,9 +215,9 @@ def _motions(
     nearest to yaw 0, so that the arm reaches them.
     """
     shown, turns = demonstration.configuration, demonstration.turns
-    (thing, yaw), (new_thing, new_yaw) = (_pose(c, task.grasped) for c in (shown, configuration))
-    (goal, goal_yaw), (new_goal, new_goal_yaw) = (
-        _pose(c, task.goal) for c in (shown, configuration)
+    (thing, yaw), (goal, goal_yaw) = (_pose(shown, task, t) for t in (task.grasped, task.goal))
+    (new_thing, new_yaw), (new_goal, new_goal_yaw) = (
+        _pose(configuration, task, t) for t in (task.grasped, task.goal)
     )
     by, goal_by = new_yaw - yaw, new_goal_yaw - goal_yaw
     hand = rotation.yaw(turns[grasp]), rotation.yaw(turns[release])
@@ -234,10 +247,11 @@ def _equal(turns: int) -> np.ndarray:
     return 2 * np.pi / max(turns, 1) * np.arange(max(turns, 1))
 
 
-def _pose(configuration: dict[str, Any], thing: str) -> tuple[np.ndarray, float]:
-    """Where a thing starts: (3,) m with height 0, and its yaw in rad."""
-    x, y, *yaw = configuration[thing]
-    return np.array([x, y, 0.0]), float(yaw[0]) if yaw else 0.0
+def _pose(configuration: dict[str, Any], task: Task, name: str) -> tuple[np.ndarray, float]:
+    """Where a thing starts: (3,) m, and its yaw in rad."""
+    x, y, *yaw = configuration[name]
+    height = next(thing.height for thing in task.things if thing.name == name)
+    return np.array([x, y, height]), float(yaw[0]) if yaw else 0.0
 
 
 def _thinned(targets: np.ndarray, steps: np.ndarray) -> list[int]:
@@ -286,6 +300,8 @@ class Tracker:
             if original.fit is not None and original.bringing <= self._at[i] <= original.release:
                 pushed = PUSH if self._at[i] == original.release else 0.0
                 self._fitted[i] = _fitted(original, env.task, now, i, pushed)
+            elif original.used[self._at[i]]:
+                self._fitted[i] = _levelled(original, env.task, now, i)
             plan = self._fitted[i]
             self._advance(i, plan, target[i], turn[i], now, bool(still[i]))
             k = self._at[i]
@@ -316,6 +332,8 @@ class Tracker:
                     return
             self._at[i] += 1
             self._waited[i] = 0
+        if plan.used.any() and _close(plan, self._at[i], target, turn, REACHED, REACHED_TURN):
+            self._at[i] = np.argmax(plan.used)  # what a tool has left over it goes over again
 
 
 def _fitted(plan: Plan, task: Task, now: Snapshot, i: int, pushed: float) -> Plan:
@@ -333,6 +351,18 @@ def _fitted(plan: Plan, task: Task, now: Snapshot, i: int, pushed: float) -> Pla
     targets, turns = plan.targets.copy(), plan.turns.copy()
     targets[plan.bringing :] += shift
     turns[plan.bringing :] = twists[least] @ turns[plan.bringing :]
+    return plan._replace(targets=targets, turns=turns)
+
+
+def _levelled(plan: Plan, task: Task, now: Snapshot, i: int) -> Plan:
+    """The plan, the tool as environment i's hand holds it level where it is used, and pressed on."""
+    thing, thing_turn = now.position[task.grasped][i], now.turn[task.grasped][i]
+    upright = rotation.about_z(rotation.yaw(thing_turn)) @ thing_turn.T
+    hand = upright @ now.tcp_turn[i]
+    targets, turns = plan.targets.copy(), plan.turns.copy()
+    targets[plan.used, 2] = plan.level - PRESS + (upright @ (now.tcp[i] - thing))[2]
+    onward = rotation.yaw(turns[plan.used]) - rotation.yaw(hand)
+    turns[plan.used] = rotation.about_z(onward) @ hand
     return plan._replace(targets=targets, turns=turns)
 
 
