@@ -110,7 +110,7 @@ CASES = [
 
 
 def cases(which: Callable[[Case], bool]) -> Any:
-    return pytest.mark.parametrize("case", filter(which, CASES), ids=lambda case: case.name)
+    return pytest.mark.parametrize("case", list(filter(which, CASES)), ids=lambda case: case.name)
 
 
 every = cases(lambda case: True)
