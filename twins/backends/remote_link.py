@@ -281,7 +281,8 @@ class Link:
             if time.monotonic() > deadline:
                 self._client.forget(future)
                 raise SimulationLost(
-                    f"the {self._name} did not {what} within {seconds:g} s and is given up"
+                    f"the {self._name} did not {what} within {seconds:g} s and is taken for hung; "
+                    "if it is only slow, raise call_seconds or start_seconds in twins.options.worker"
                 )
 
     # -- lost ------------------------------------------------------------------------------------------------

@@ -160,7 +160,8 @@ class WorkerProcess:
         try:
             self._popen.wait(patience)
         except subprocess.TimeoutExpired:
-            log.warning("worker %d did not end within %g s and is killed", self.pid, patience)
+            if patience:
+                log.warning("worker %d did not end within %g s and is killed", self.pid, patience)
         # Also when it has ended: a simulator may have left children in its process group.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
