@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import mujoco
 import numpy as np
 
 from twins import make_env, scene
 
 TASK = "pick-and-place"
 EPISODE = 40  # control steps, about what the expert needs
-BLOCK = 16  # worlds that the bare tracer takes at once
+POSITION_STAGE = int(mujoco.mjtStage.mjSTAGE_POS)
+BLOCK = 16  # worlds that mujoco-warp traces at once
 
 
 class Recording(NamedTuple):
@@ -67,15 +70,15 @@ def play(env: Any, recording: Recording) -> float:
 
 
 class Bare:
-    """Bare physics of a recording, and the bare tracer."""
+    """Bare physics of a recording, and a tracer called directly."""
 
-    def __init__(self, env: Any, threads: int) -> None:
+    def __init__(self, env: Any, threads: int, tracer: Callable[..., Any] | None = None) -> None:
         from mujoco.batch import Batch
 
         simulation = env.simulation
         self._batch = Batch(simulation.model, env.num_envs, threads)
         self._controls = self._batch.bind("ctrl")
-        self._tracer = Tracer(simulation.model, self._batch, env) if env.cameras else None
+        self._tracer = tracer(simulation.model, self._batch, env) if tracer else None
 
     def play(self, recording: Recording) -> float:
         """Seconds that its physics take, and its images if there are cameras."""
@@ -114,17 +117,36 @@ class Clock:
         self.seconds += time.perf_counter() - self._start
 
 
-class Tracer:
-    """mujoco-warp's ray tracer, called directly; looks and poses are put in place outside the clock."""
+class OwnTracer:
+    """`twins.tracer`, called directly; poses are computed outside the clock."""
+
+    def __init__(self, model: Any, batch: Any, env: Any) -> None:
+        from twins.tracer import POSES, Tracer
+
+        self._batch, self._poses = batch, {name: batch.bind(name) for name in POSES}
+        looks = ("geom_rgba", "light_diffuse", "light_dir")
+        repeated = [np.repeat(getattr(model, name)[None], env.num_envs, 0) for name in looks]
+        self._looks = dict(zip(("geom_rgba", "light_diffuse", "light_xdir"), repeated, strict=True))
+        self._tracer = Tracer(model, env.cameras, env.image_size)
+
+    def look(self) -> None:
+        """Compute the poses of the present states."""
+        self._batch.forward(stage=POSITION_STAGE)
+
+    def trace(self, count: int) -> None:
+        """Trace the first `count` worlds."""
+        self._tracer.render(self._poses, self._looks, np.arange(count))
+
+
+class MujocoWarp:
+    """mujoco-warp's tracer, called directly; poses are computed and put in place outside the clock."""
 
     POSES = ("geom_xpos", "geom_xmat", "cam_xpos", "cam_xmat")
 
     def __init__(self, model: Any, batch: Any, env: Any) -> None:
-        import mujoco
         import mujoco_warp as mjw
 
         self._mjw, self._batch = mjw, batch
-        self._stage = int(mujoco.mjtStage.mjSTAGE_POS)
         self._poses = {name: batch.bind(name) for name in self.POSES}
         self._count, self._block = env.num_envs, min(env.num_envs, BLOCK)
         data = mujoco.MjData(model)
@@ -153,7 +175,7 @@ class Tracer:
 
     def look(self) -> None:
         """Put the present poses into the tracer's arrays."""
-        self._batch.forward(stage=self._stage)
+        self._batch.forward(stage=POSITION_STAGE)
         for n, data in enumerate(self._data):
             rows = np.arange(n * self._block, (n + 1) * self._block) % self._count
             for name, poses in self._poses.items():

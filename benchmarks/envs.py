@@ -5,7 +5,8 @@
 steps       the whole step without images (clipping, inverse kinematics, observation, reward, success, limits, resets
             with new draws) against bare physics: `mujoco.batch.Batch` with the same controls in the same states, which
             the environment must reach bit for bit
-images      the same with both cameras at every step, against bare physics and mujoco-warp's tracer called directly
+images      the same with both cameras at every step, against bare physics and the tracer called directly: ours
+            (`twins.tracer`), and mujoco-warp's on warp's CPU device, which draws the same pictures
 randomised  the whole step with every randomisation against none
 memory      what each further environment adds to a process, both cameras at 16 pixels
 processes   two processes at once against one
@@ -96,21 +97,25 @@ def show(row: Row) -> None:
 
 
 def _against_bare(rounds: Rounds, group: str, count: int, steps: int, **options: Any) -> list[Row]:
-    from benchmarks import _envs_play
+    from benchmarks import _envs_play as playing
 
-    env = _envs_play.make(count, **options)
-    recording, bare = _envs_play.record(env, steps), _envs_play.Bare(env, 1)
+    env = playing.make(count, **options)
+    recording = playing.record(env, steps)
+    kinds = (
+        {"": playing.OwnTracer, "_mujoco_warp": playing.MujocoWarp} if env.cameras else {"": None}
+    )
+    bare = {suffix: playing.Bare(env, 1, tracer) for suffix, tracer in kinds.items()}
     total = count * steps
-    resets = sum(len(ended) for ended, _ in recording.resets)
 
     def measure() -> Row:
-        env_s, bare_s = _envs_play.play(env, recording), bare.play(recording)
-        return {
-            "env_us": env_s / total * 1e6,
-            "bare_us": bare_s / total * 1e6,
-            "ratio": bare_s / env_s,
-        }
+        seconds = playing.play(env, recording)
+        row = {"env_us": seconds / total * 1e6}
+        for suffix, each in bare.items():
+            raw = each.play(recording)
+            row |= {f"bare{suffix}_us": raw / total * 1e6, f"ratio{suffix}": raw / seconds}
+        return row
 
+    resets = sum(len(ended) for ended, _ in recording.resets)
     what = {"envs": count, "px": env.image_size if env.cameras else 0, "resets": resets / total}
     measure()  # whatever is done once
     rows = rounds.take(group, what, measure)
@@ -359,6 +364,10 @@ FIGURES = (
     ),
     *(
         Figure(f"image_step_vs_raw_{px}px", f"whole step with two images of {px} px against bare physics and tracing", ">= 0.9", "images", where={"px": px})
+        for px in (64, 128)
+    ),
+    *(
+        Figure(f"image_step_vs_mujoco_warp_{px}px", f"the same against bare physics and mujoco-warp's tracer on its CPU device, {px} px", ">= 0.9", "images", "ratio_mujoco_warp", {"px": px})
         for px in (64, 128)
     ),
     Figure("actor_vs_env", "rollout actor without policy, writing acknowledged segments, against its bare environment", ">= 0.9", "actor"),
