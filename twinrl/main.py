@@ -22,6 +22,8 @@ COMMANDS = {
     "attach": ("robot_bridge.attach:main", "attach a robot to a running job"),
     "dashboard": ("dashboard.server:command", "show the page of a run, also of a finished one"),
     "status": ("dashboard.status:command", "show a run's figures on the terminal"),
+    "tasks": ("deploy.tasks_command:command", "list the tasks and the simulators"),
+    "play": ("deploy.play_command:command", "show a task: expert, random or a policy, as a video"),
     "eval": ("deploy.evaluation:command", "measure the success of a checkpoint"),
     "replay": (
         "deploy.replay_command:command",

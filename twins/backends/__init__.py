@@ -55,6 +55,11 @@ BACKENDS: dict[str, Backend] = {
 }
 
 
+def backend_names() -> list[str]:
+    """All backends: the built-in ones, then other packages'."""
+    return [*BACKENDS, *sorted({entry.name for entry in entry_points(group=GROUP)} - set(BACKENDS))]
+
+
 def find_backend(name: str) -> Backend:
     """The backend called `name`, built in or another package's."""
     if name in BACKENDS:

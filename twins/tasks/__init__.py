@@ -17,7 +17,12 @@ TASKS: dict[str, type] = {
     for task in (PickAndPlace, InsertHexagonBlock, InsertTripleColumnBlock, EraseWhiteboard)
 }
 
-__all__ = ["TASKS", "Snapshot", "Task", "make_task"]
+__all__ = ["TASKS", "Snapshot", "Task", "make_task", "task_names"]
+
+
+def task_names() -> list[str]:
+    """All tasks: the built-in ones, then other packages'."""
+    return [*TASKS, *sorted({entry.name for entry in entry_points(group=GROUP)} - set(TASKS))]
 
 
 def make_task(name: str) -> Task:

@@ -1,0 +1,85 @@
+"""A live window on a task: MuJoCo's own viewer, which turns and zooms with the mouse."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from twinrl.core.errors import ConfigError, TwinRLError
+
+
+def show(
+    make: Callable[[], Any],
+    actor: Callable[[Any], Callable[..., Any]],
+    starts: list[dict[str, Any] | None],
+    arguments: argparse.Namespace,
+    say: Callable[[str], None],
+) -> int:
+    """Play in real time until the episodes are over or the window is closed; light and colours are nominal."""
+    if arguments.backend != "mujoco":
+        raise ConfigError(f"--window shows the simulator mujoco, not {arguments.backend!r}")
+    if sys.platform.startswith("linux") and not (
+        os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    ):
+        raise ConfigError(
+            "--window needs a display, and DISPLAY is not set; without it a video is written"
+        )
+    import mujoco
+    import mujoco.viewer
+
+    env = make()
+    act = actor(env)
+    simulation = env.simulation
+    model, data = simulation.model, mujoco.MjData(simulation.model)
+    try:
+        viewer = mujoco.viewer.launch_passive(model, data)
+    except RuntimeError as error:
+        raise TwinRLError(f"MuJoCo's viewer does not start: {error}") from None
+    with viewer:
+        for number, start in enumerate(starts):
+            options: dict[str, Any] = {} if start is None else {"configurations": [start]}
+            observation, _ = env.reset(
+                seed=arguments.seed if number == 0 else None, options=options
+            )
+            _copy(env, model, data)
+            begin, step = time.monotonic(), 0
+            while viewer.is_running() and not env.done[0]:
+                action = act(observation)
+                if action is None:
+                    break
+                result = env.step_chunk(action)
+                observation, step = result.observation, step + 1
+                with viewer.lock():
+                    _copy(env, model, data)
+                viewer.sync()
+                due = begin + step / (env.control_hz * arguments.speed)
+                time.sleep(max(0.0, due - time.monotonic()))
+            word = "success" if env.done[0] and result.success.any() else "no success"
+            say(f"episode {number + 1}: {word} after {step} steps")
+            if not viewer.is_running():
+                break
+    env.close()
+    return 0
+
+
+def _copy(env: Any, model: Any, data: Any) -> None:
+    """The first simulation's state into what the viewer shows."""
+    import mujoco
+
+    from twins import rotation
+
+    now = env.snapshot()
+    data.qpos[:] = env.simulation.qpos[0]
+    for thing in env.task.things:
+        if not thing.free:
+            at = int(model.body(thing.name).mocapid[0])
+            data.mocap_pos[at] = now.position[thing.name][0]
+            data.mocap_quat[at] = rotation.quaternion(rotation.log(now.turn[thing.name][0]))
+    for name, gone in env.task.hidden(now.memory).items():
+        model.geom(name).rgba[3] = 0.0 if gone[0] else 1.0
+    mujoco.mj_kinematics(model, data)
+    mujoco.mj_camlight(model, data)
