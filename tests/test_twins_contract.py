@@ -15,8 +15,7 @@ import pytest
 import twins
 from twinrl.env import ACTION_DIM, PRIVILEGED, STATE, image_key
 
-STANDINS = Path(__file__).parent / "standins"
-sys.path.insert(0, str(STANDINS))  # stand-ins of simulators that cannot run here
+STANDINS = str(Path(__file__).parent / "standins")  # of simulators that cannot run everywhere
 COUNT, CHUNK, SIZE = 3, 4, 32
 SHORT = 6  # control steps of an episode in which every end is seen
 
@@ -38,22 +37,6 @@ def make(
     return twins.make_env(task, count, backend=backend, image_size=SIZE, **more)
 
 
-def make_simulated(factory: Callable[..., Any], count: int = COUNT, **more: Any) -> Any:
-    """TwinEnv in a simulation that `factory(task, count, cameras=, image_size=)` makes."""
-    from twins.env import TwinEnv
-    from twins.tasks import make_task
-
-    return TwinEnv(make_task("pick-and-place"), count, factory, image_size=SIZE, **more)
-
-
-def isaac_gym(task: Any, count: int, **options: Any) -> Any:
-    from twins.backends.isaac_gym import IsaacGym
-    from twins.scene_description import describe_scene
-
-    scene = describe_scene(task, options["cameras"])
-    return IsaacGym(scene, count, device="cpu", pipeline="cpu", **options)
-
-
 def spoil_mujoco(env: Any) -> None:
     env.simulation.qpos[1, 3] = np.nan
 
@@ -70,7 +53,7 @@ def kill_worker(env: Any) -> None:
     os.kill(getattr(env, "simulation", env).pid, signal.SIGKILL)
 
 
-OWN = {"python": sys.executable, "path": [str(STANDINS)], "start_seconds": 300}
+OWN = {"python": sys.executable, "path": [STANDINS], "start_seconds": 300}
 SERVED = {"options": {"worker": OWN}}
 PICTURE = {"task": "picture_env:twinrl-test/Picture-v0", "backend": "gymnasium"}
 CARTPOLE = {"task": "CartPole-v1", "backend": "gymnasium"}
@@ -87,6 +70,11 @@ CASES = [
         partial(make, cameras=("side",), **SERVED),
         breaks=kill_worker,
         lost_together=True,
+    ),
+    Case(
+        "mujoco-warp",
+        partial(make, backend="mujoco-warp", cameras=("side",), randomisation="full"),
+        breaks=spoil_mujoco,
     ),
     Case("cartpole", partial(make, **CARTPOLE), breaks=spoil_cartpole),
     Case("cartpole in processes", partial(make, **CARTPOLE, options={"vectorization": "async"})),
@@ -105,7 +93,28 @@ CASES = [
         breaks=kill_worker,
         lost_together=True,
     ),
-    Case("isaac gym's stand-in", partial(make_simulated, isaac_gym, cameras=("side",)), False),
+    Case(
+        "isaac-gym's stand-in",
+        partial(make, backend="isaac-gym", cameras=("side",), options={"pipeline": "gpu"}),
+        repeatable=False,
+    ),
+    Case(
+        "isaac-gym's stand-in in a worker",
+        partial(make, backend="isaac-gym", cameras=("wrist",), **SERVED),
+        repeatable=False,
+        breaks=kill_worker,
+        lost_together=True,
+    ),
+    Case(
+        "isaac-lab's stand-in",
+        partial(make, backend="isaac-lab", cameras=("side",)),
+        repeatable=False,
+    ),
+    Case(
+        "maniskill's stand-in",
+        partial(make, backend="maniskill", cameras=("side",), options={"backend": "physx_cuda"}),
+        repeatable=False,
+    ),
 ]
 
 
@@ -114,6 +123,18 @@ def cases(which: Callable[[Case], bool]) -> Any:
 
 
 every = cases(lambda case: True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def standins():
+    """The stand-ins under the simulators' names, for these tests alone."""
+    before = set(sys.modules)
+    sys.path.insert(0, STANDINS)
+    yield
+    sys.path.remove(STANDINS)
+    for name, module in list(sys.modules.items()):
+        if name not in before and (getattr(module, "__file__", None) or "").startswith(STANDINS):
+            del sys.modules[name]
 
 
 class Pair(NamedTuple):
@@ -125,7 +146,7 @@ class Pair(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def pairs():
+def pairs(standins):
     """{case name: Pair}, filled as they are asked for."""
     found = {}
     yield found
