@@ -8,7 +8,7 @@ steps       the whole step without images (clipping, inverse kinematics, observa
 images      the same with both cameras at every step, against bare physics and the tracer called directly: ours
             (`twins.tracer`), and mujoco-warp's on warp's CPU device, which draws the same pictures
 randomised  the whole step with every randomisation against none
-memory      what each further environment adds to a process, both cameras at 16 pixels
+memory      what each further environment adds to a process, both cameras at 8 pixels
 processes   two processes at once against one
 actor       a rollout actor without its policy, until the replay service has acknowledged the last segment, against a
             bare loop over the same environment, images at chunk boundaries
@@ -176,7 +176,7 @@ def memory(rounds: Rounds) -> list[Row]:
     def held(count: int, folder: str) -> float:
         worker = _worker("memory", folder)
         try:
-            worker.ask("open", 300.0, count=count, image_size=16, randomisation="full")
+            worker.ask("open", 300.0, count=count, image_size=8, randomisation="full")
             return worker.ask("memory", 300.0)["kib"]
         finally:
             worker.close()

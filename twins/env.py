@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -156,9 +157,16 @@ class TwinEnv(VectorEnv):
         spaces |= {image_key(name): box(0, 255, pixels, np.uint8) for name in self.cameras}
         self.single_action_space = box(low, high, dtype=np.float32)
         self.single_observation_space = gymnasium.spaces.Dict(spaces)
-        batch = gymnasium.vector.utils.batch_space
-        self.action_space = batch(self.single_action_space, self.num_envs)
-        self.observation_space = batch(self.single_observation_space, self.num_envs)
+
+    @functools.cached_property
+    def action_space(self) -> gymnasium.Space:
+        """Of all environments together."""
+        return gymnasium.vector.utils.batch_space(self.single_action_space, self.num_envs)
+
+    @functools.cached_property
+    def observation_space(self) -> gymnasium.Space:
+        """Of all environments together. It holds four arrays of an observation's size: made when somebody asks."""
+        return gymnasium.vector.utils.batch_space(self.single_observation_space, self.num_envs)
 
     def _allocate(self) -> None:
         count = self.num_envs
@@ -176,8 +184,8 @@ class TwinEnv(VectorEnv):
         self._memory = {
             name: np.zeros((count, *m.shape), m.dtype) for name, m in self.task.memory.items()
         }
-        space = self.observation_space
-        self._observation = {key: np.zeros(s.shape, s.dtype) for key, s in space.items()}
+        spaces = self.single_observation_space.spaces
+        self._observation = {key: np.zeros((count, *s.shape), s.dtype) for key, s in spaces.items()}
 
     # -- resets ----------------------------------------------------------------------------------------------
 
