@@ -93,7 +93,7 @@ class Link:
         self._client: Client | None = None
         self._pulse: _Pulse | None = None
         self._pieces: Pieces | None = None
-        self._wanted: dict[str, int] = {}  # by first method: bytes of the largest answer so far
+        self._wanted: dict[str, int] = {}  # by last method: bytes of the largest answer so far
         self._starts = 0
         self._deaths: list[float] = []
         self._calls, self._waited, self._worked = 0, 0.0, 0.0
@@ -193,10 +193,10 @@ class Link:
     # -- called ----------------------------------------------------------------------------------------------
 
     def call(self, calls: list[tuple[Any, ...]], nbytes: int = 0) -> list[Any]:
-        """The results of [(method, arguments)] or [(method, arguments, keywords)], executed one after the other, in one message there and one back.
+        """The results of some calls, executed one after the other: one message there and one back.
 
-        Arrays of results are read-only and may be views of shared memory; `nbytes` of them are expected.
-        SimulationLost when the worker died, hung, or its simulator failed; RemoteError, with the worker's
+        A call is (method, arguments) or (method, arguments, keywords). Arrays of results are read-only and may be
+        views of shared memory; `nbytes` of them are expected. SimulationLost when the worker died, hung, or its simulator failed; RemoteError, with the worker's
         traceback, when a method refused its arguments.
         """
         if not self.connected:
@@ -239,7 +239,9 @@ class Link:
         """An answer; whatever prevents one leaves no worker behind that could still be at work."""
         try:
             future = self._client.submit(method, {"client": self._token, **args}, arrays)
-            result, found = self._wait(future, seconds, what)
+            # Imports and compilers may keep a worker from answering while it makes its simulator.
+            silence = self.worker.silent_seconds if method == "call" else seconds
+            result, found = self._wait(future, seconds, silence, what)
         except Rejected as error:
             if method == "call":  # restarted by hand, or taken by another client
                 self._drop()
@@ -260,7 +262,7 @@ class Link:
         raise RemoteError(f"the {self._name} could not {what}:\n{failure}")
 
     def _wait(
-        self, future: Future, seconds: float, what: str
+        self, future: Future, seconds: float, silence: float, what: str
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         deadline = time.monotonic() + seconds
         while True:
@@ -274,7 +276,7 @@ class Link:
                 raise SimulationLost(
                     f"the {self._name}, asked to {what}, {self._process.how_it_ended()}"
                 )
-            if self._pulse is not None and self._pulse.lost(self.worker.silent_seconds):
+            if self._pulse is not None and self._pulse.lost(silence):
                 raise SimulationLost(
                     f"the {self._name} at {self.worker.address}, asked to {what}, {self._pulse.why}"
                 )

@@ -25,8 +25,9 @@ from twinrl.parent import PARENT
 
 log = logging.getLogger(__name__)
 PREFIX = "twinrl-worker-"
-LAST_LINES = 60  # of its output that are kept
+LAST_LINES, LONGEST_LINE = 60, 2000  # of its output that are kept; bytes
 NEW = 60.0  # s: a younger folder may not have its lock yet
+START_SECONDS = 60.0  # for the system to make a process
 STOP_SECONDS = 5.0  # from asking to SIGKILL
 LONGEST_SOCKET = 100  # characters of a Unix socket's path
 # Of our own environment: another Python must find its own packages.
@@ -124,9 +125,9 @@ class WorkerProcess:
             target=self._run, args=(started,), name=f"worker {target}", daemon=True
         )
         self._thread.start()
-        started.wait()
-        if self._trouble is not None:
-            raise ConfigError(f"{self._command[0]} cannot be started: {self._trouble}")
+        if not started.wait(START_SECONDS) or self._trouble is not None:
+            why = self._trouble or f"the system took more than {START_SECONDS:g} s"
+            raise ConfigError(f"{self._command[0]} cannot be started: {why}")
 
     @property
     def pid(self) -> int:
@@ -186,8 +187,8 @@ class WorkerProcess:
         finally:
             started.set()
         with self._popen.stdout as output:
-            for line in output:
-                text = line.decode(errors="replace").rstrip()[:1000]
+            for line in iter(lambda: output.readline(LONGEST_LINE), b""):
+                text = line.decode(errors="replace").rstrip()
                 self._lines.append(text)
                 log.debug("worker %d: %s", self._popen.pid, text)
         self._popen.wait()
