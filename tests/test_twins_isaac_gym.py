@@ -1,6 +1,7 @@
 """The adapter of Isaac Gym on a stand-in of its modules, in this process and through a worker."""
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from twins.backends.isaac_gym_scene import BITS, HAND_BITS, LINK_BITS
 from twins.backends.lockstep import describe
 from twins.randomise import CHANGES
 from twins.tasks import make_task
+from twins.trial import main as trial
 
 ROOT = Path(__file__).parent.parent
 STANDINS = str(ROOT / "tests" / "standins")
@@ -183,7 +185,7 @@ def test_the_stand_in_refuses_wrong_tensors(simulation, gymapi):
     with pytest.raises(AssertionError, match="int64, must be int32"):
         gym.set_actor_root_state_tensor_indexed(sim, states, unwrap_tensor(wide), 2)
     narrow = wide.to(torch.int32)
-    with pytest.raises(AssertionError, match="Size.*3"):
+    with pytest.raises(AssertionError, match=r"Size.*3"):
         gym.set_actor_root_state_tensor_indexed(sim, states, unwrap_tensor(narrow), 3)
     with pytest.raises(AssertionError, match="have no joints"):
         ids = torch.tensor([1], dtype=torch.int32)
@@ -283,3 +285,19 @@ def test_through_a_worker_from_the_configuration_alone():
         assert not np.array_equal(images, first["observation.images.side"])
     finally:
         env.close()
+
+
+def test_the_trial_that_the_docs_name(tmp_path, capsys):
+    """`python -m twins.trial`: a line and pictures of what ran, an error where nothing could."""
+    options = {"worker": {"path": [STANDINS]}, "device": "cuda:0"}
+    common = ["--backend", "isaac-gym", "--python", sys.executable, "--task", "pick-and-place"]
+    common += ["--envs", "2", "--episodes", "2", "--out", str(tmp_path)]
+    assert trial([*common, "--options", json.dumps(options)]) == 0
+    assert "pick-and-place: 100% of 2 episodes, 0 invalid" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert row["success"] == 1.0 and row["env_steps_per_s"] > 0
+    names = {path.name for path in tmp_path.glob("*.png")}
+    assert {"pick-and-place-reset-side.png", "pick-and-place-end-wrist.png"} <= names
+    assert trial([*common, "--options", json.dumps({**options, "pipeline": "tpu"})]) == 1
+    (row,) = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert "pipeline is 'tpu'" in row["error"]
