@@ -164,7 +164,8 @@ def test_a_reset_and_a_step_leave_the_others_alone():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("what", ["position", "velocity", "speed", "mass"])
 def test_a_diverged_simulation_ends_alone_and_comes_back(what, device, caplog):
-    good, bad = (on_device(count=4, device=device, seed=1) for _ in range(2))
+    settings = {"render": True, "image_size": 16, "seed": 1}
+    good, bad = (on_device(count=4, device=device, **settings) for _ in range(2))
     (seen, _), _ = bad.reset(), good.reset()
     worlds = bad.simulation
     if what == "position":
@@ -349,7 +350,7 @@ def test_resets_take_no_more_memory():
     for _ in range(30):
         env.reset()
     before = resident()
-    for _ in range(100):
+    for _ in range(60):
         env.reset()
         env.step_chunk(rest(2))
     assert resident() - before < 8

@@ -75,7 +75,7 @@ class DeviceTwinEnv(TwinEnv):
             PRIVILEGED: zeros(self.privileged_dim),
             **{image_key(name): images for name, images in self._images.items()},
         }
-        self._observation = {key: buffers[key] for key in self.observation_space}
+        self._observation = {key: buffers[key] for key in self.single_observation_space}
 
     # -- resets ----------------------------------------------------------------------------------------------------
 
@@ -114,7 +114,7 @@ class DeviceTwinEnv(TwinEnv):
         with self.simulation.here():
             self._controller.begin_all(self.simulation.joints, self._latency, begun)
         self._write_vectors(begun, self._look())
-        self._write_images(ids)
+        self._write_images(begun, ids)
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
@@ -149,7 +149,7 @@ class DeviceTwinEnv(TwinEnv):
         elif not bool(finite.all()):
             broken = (~finite).nonzero()[:, 0].tolist()
             raise ValueError(f"actions of environments {broken} are not finite")
-        seen = None if self.tensors else np.flatnonzero(~self._waiting)
+        asked = None if self.tensors else np.flatnonzero(~self._waiting)
 
         def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros((count, chunk, *shape), dtype=dtype, device=self.device)
@@ -170,7 +170,7 @@ class DeviceTwinEnv(TwinEnv):
                 (success, self._success),
             ):
                 column[:, k] = flags & went
-        self._write_images(seen)
+        self._write_images(begun & ~self._invalid, asked)
         invalid = self._invalid & begun
         if not self.tensors:
             self.check()
@@ -281,10 +281,10 @@ class DeviceTwinEnv(TwinEnv):
         known = self._observation[PRIVILEGED]
         known.copy_(torch.where(who[:, None], self.task.privileged(now), known))
 
-    def _write_images(self, ids: np.ndarray | None) -> None:
+    def _write_images(self, seen: Tensor, ids: np.ndarray | None) -> None:
         if self.cameras:
             self.simulation.hide(self.task.hidden(self._memory))
-            self.simulation.images(self._images, ids)
+            self.simulation.images(self._images, seen, ids)
 
     def _given(self, value: Tensor) -> Array:
         """What leaves the environment: a copy, on the device or not."""

@@ -6,37 +6,78 @@ import warp as wp
 
 wp.set_module_options({"enable_backward": False})
 
+Rows = wp.array2d(dtype=wp.float32)
+Flags = wp.array(dtype=wp.bool)
+Counts = wp.array(dtype=wp.int32)
+
+
+@wp.func
+def _is_sound(world: int, qpos: Rows, qvel: Rows, farthest: float, fastest: float) -> bool:
+    # Comparisons with something that is not a number are false.
+    for i in range(qpos.shape[1]):
+        if not (wp.abs(qpos[world, i]) < farthest):
+            return False
+    for i in range(qvel.shape[1]):  # noqa: SIM110  (warp knows no generators)
+        if not (wp.abs(qvel[world, i]) < fastest):
+            return False
+    return True
+
+
+@wp.func
+def _copy(world: int, source: Rows, to: Rows):
+    for i in range(to.shape[1]):
+        to[world, i] = source[world, i]
+
+
+@wp.kernel
+def begin(
+    qpos: Rows,
+    qvel: Rows,
+    warmstart: Rows,
+    safe_qpos: Rows,
+    safe_qvel: Rows,
+    safe_warmstart: Rows,
+    farthest: float,
+    fastest: float,
+    diverged: Flags,
+    overflow: Counts,
+):
+    """Remember the state before a control step."""
+    world = wp.tid()
+    overflow[world] = 0
+    if _is_sound(world, qpos, qvel, farthest, fastest):
+        diverged[world] = False
+        _copy(world, qpos, safe_qpos)
+        _copy(world, qvel, safe_qvel)
+        _copy(world, warmstart, safe_warmstart)
+    else:
+        diverged[world] = True
+        _copy(world, safe_qpos, qpos)
+        _copy(world, safe_qvel, qvel)
+        _copy(world, safe_warmstart, warmstart)
+
 
 @wp.kernel
 def guard(
-    qpos: wp.array2d(dtype=wp.float32),
-    qvel: wp.array2d(dtype=wp.float32),
-    warmstart: wp.array2d(dtype=wp.float32),
-    safe: wp.array2d(dtype=wp.float32),
+    qpos: Rows,
+    qvel: Rows,
+    warmstart: Rows,
+    safe_qpos: Rows,
     farthest: float,
     fastest: float,
-    contacts: wp.array(dtype=wp.int32),
-    constraints: wp.array(dtype=wp.int32),
-    peak: wp.array(dtype=wp.int32),
-    diverged: wp.array(dtype=wp.bool),
+    contacts: Counts,
+    constraints: Counts,
+    peak: Counts,
+    diverged: Flags,
 ):
     """Put a world whose state is absurd or not a number back at once: its contacts would crowd out the others'."""
     world = wp.tid()
     if world == 0:
         wp.atomic_max(peak, 0, contacts[0])
     wp.atomic_max(peak, 1, constraints[world])
-    sound = wp.bool(True)  # a plain True would be a constant
-    for i in range(qpos.shape[1]):
-        # Comparisons with something that is not a number are false.
-        if not (wp.abs(qpos[world, i]) < farthest):
-            sound = False
-    for i in range(qvel.shape[1]):
-        if not (wp.abs(qvel[world, i]) < fastest):
-            sound = False
-    if not sound:
+    if not _is_sound(world, qpos, qvel, farthest, fastest):
         diverged[world] = True
-        for i in range(qpos.shape[1]):
-            qpos[world, i] = safe[world, i]
+        _copy(world, safe_qpos, qpos)
         for i in range(qvel.shape[1]):
             qvel[world, i] = 0.0
             warmstart[world, i] = 0.0
@@ -44,17 +85,17 @@ def guard(
 
 @wp.kernel
 def settle(
-    active: wp.array(dtype=wp.bool),
-    overflow: wp.array(dtype=wp.int32),
+    active: Flags,
+    overflow: Counts,
     mask: int,
-    diverged: wp.array(dtype=wp.bool),
-    safe_qpos: wp.array2d(dtype=wp.float32),
-    safe_qvel: wp.array2d(dtype=wp.float32),
-    safe_warmstart: wp.array2d(dtype=wp.float32),
-    qpos: wp.array2d(dtype=wp.float32),
-    qvel: wp.array2d(dtype=wp.float32),
-    warmstart: wp.array2d(dtype=wp.float32),
-    spilled: wp.array(dtype=wp.int32),
+    diverged: Flags,
+    safe_qpos: Rows,
+    safe_qvel: Rows,
+    safe_warmstart: Rows,
+    qpos: Rows,
+    qvel: Rows,
+    warmstart: Rows,
+    spilled: Counts,
 ):
     """Undo the step of worlds that do not take part or failed in it."""
     world = wp.tid()
@@ -64,8 +105,6 @@ def settle(
         diverged[world] = True
     if active[world] and not diverged[world]:
         return
-    for i in range(qpos.shape[1]):
-        qpos[world, i] = safe_qpos[world, i]
-    for i in range(qvel.shape[1]):
-        qvel[world, i] = safe_qvel[world, i]
-        warmstart[world, i] = safe_warmstart[world, i]
+    _copy(world, safe_qpos, qpos)
+    _copy(world, safe_qvel, qvel)
+    _copy(world, safe_warmstart, warmstart)

@@ -31,12 +31,15 @@ def _unpack(
     packed: wp.array2d(dtype=wp.uint32),
     start: int,
     rows: wp.array(dtype=wp.int32),
+    seen: wp.array(dtype=wp.bool),
     image: wp.array3d(dtype=wp.uint8),
 ):
     """Pixels come as blue, green, red, alpha; images are red, green, blue."""
     i, k = wp.tid()
-    pixel = packed[i, start + k]
     row = rows[i]
+    if not seen[row]:
+        return
+    pixel = packed[i, start + k]
     image[row, k, 0] = wp.uint8((pixel >> wp.uint32(16)) & wp.uint32(255))
     image[row, k, 1] = wp.uint8((pixel >> wp.uint32(8)) & wp.uint32(255))
     image[row, k, 2] = wp.uint8(pixel & wp.uint32(255))
@@ -63,9 +66,15 @@ class DeviceRenderer(Renderer):
         self._everyone = np.arange(count, dtype=np.int32)
 
     def trace(
-        self, worlds: dict[str, wp.array], into: dict[str, Array], ids: np.ndarray | None
+        self,
+        worlds: dict[str, wp.array],
+        into: dict[str, Array],
+        seen: Array,
+        ids: np.ndarray | None,
     ) -> None:
         """Write images of the worlds `ids` (n,), or of all, to `into` {camera: (count, size, size, 3) uint8}.
+
+        Of these, `seen` (count,) bool says whose are written.
 
         `worlds` holds what the tracer reads, each (count, ...), by the name of its field in mujoco-warp.
         """
@@ -80,10 +89,14 @@ class DeviceRenderer(Renderer):
             for name in self.cameras
         }
         for start in range(0, len(padded), self.block):
-            self._trace_block(worlds, images, rows[start : start + self.block])
+            self._trace_block(worlds, images, wp.from_torch(seen), rows[start : start + self.block])
 
     def _trace_block(
-        self, worlds: dict[str, wp.array], images: dict[str, wp.array], rows: wp.array
+        self,
+        worlds: dict[str, wp.array],
+        images: dict[str, wp.array],
+        seen: wp.array,
+        rows: wp.array,
     ) -> None:
         for name, source in worlds.items():
             holder = self._data if hasattr(self._data, name) else self._model
@@ -93,7 +106,7 @@ class DeviceRenderer(Renderer):
         mjw.render(self._model, self._data, self._context)
         pixels = self.size * self.size
         for i, name in enumerate(self.cameras):
-            inputs = [self._context.rgb_data, i * pixels, rows, images[name]]
+            inputs = [self._context.rgb_data, i * pixels, rows, seen, images[name]]
             wp.launch(_unpack, (self.block, pixels), inputs=inputs)
 
 

@@ -132,7 +132,8 @@ class DeviceWorlds:
             if isinstance(array, wp.array) and array.dtype is wp.float32 and array.size
         ]
         self._fields = {name: wp.to_torch(getattr(self._model, name)) for name in PER_WORLD}
-        self._safe = [wp.clone(a) for a in (data.qpos, data.qvel, data.qacc_warmstart)]
+        self._moving = data.qpos, data.qvel, data.qacc_warmstart
+        self._safe = [wp.clone(array) for array in self._moving]
         self._diverged, self._active = (
             wp.zeros(count, dtype=wp.bool),
             wp.zeros(count, dtype=wp.bool),
@@ -181,24 +182,21 @@ class DeviceWorlds:
 
     def _begin_step(self) -> None:
         data = self._data
-        for kept, now in zip(self._safe, (data.qpos, data.qvel, data.qacc_warmstart), strict=True):
-            wp.copy(kept, now)
-        self._diverged.zero_()
-        data.overflow.zero_()
+        inputs = *self._moving, *self._safe, FARTHEST, FASTEST, self._diverged, data.overflow
+        wp.launch(device_kernels.begin, self.count, inputs=[*inputs])
 
     def _substeps(self, count: int) -> None:
         data = self._data
         for _ in range(count):
             mjw.step(self._model, data)
-            guarded = data.qpos, data.qvel, data.qacc_warmstart, self._safe[0], FARTHEST, FASTEST
+            guarded = *self._moving, self._safe[0], FARTHEST, FASTEST
             counted = data.nacon, data.nefc, self._peak
             wp.launch(device_kernels.guard, self.count, inputs=[*guarded, *counted, self._diverged])
 
     def _end_step(self) -> None:
         data = self._data
         inputs = self._active, data.overflow, OVERFLOW, self._diverged, *self._safe
-        outputs = data.qpos, data.qvel, data.qacc_warmstart, self._spilled
-        wp.launch(device_kernels.settle, self.count, inputs=[*inputs, *outputs])
+        wp.launch(device_kernels.settle, self.count, inputs=[*inputs, *self._moving, self._spilled])
 
     def step(self, goal: Array, opening: Array, active: Array) -> None:
         """One control step of `active` (N,) bool towards joints `goal` (N, 7) and gripper openings (N,), 0 to 1.
@@ -340,15 +338,18 @@ class DeviceWorlds:
             alpha = self._fields["geom_rgba"][:, self.model.geom(name).id, 3]
             alpha.copy_(~gone)
 
-    def images(self, into: dict[str, Array], ids: np.ndarray | None = None) -> None:
-        """Write images of simulations `ids`, or of all, to `into` {camera: (N, H, W, 3) uint8}."""
+    def images(self, into: dict[str, Array], seen: Array, ids: np.ndarray | None = None) -> None:
+        """Write images of those simulations that `seen` (N,) bool names to `into` {camera: (N, H, W, 3) uint8}.
+
+        `ids` (n,) spares the work for all others, where the host knows.
+        """
         self.refresh()
         data = self._data
         poses = {name: getattr(data, name) for name in ("geom_xpos", "geom_xmat")}
         poses |= {name: getattr(data, name) for name in ("cam_xpos", "cam_xmat", "light_xdir")}
         looks = {name: getattr(self._model, name) for name in ("geom_rgba", "light_diffuse")}
         with self.here():
-            self.renderer.trace(poses | looks, into, ids)
+            self.renderer.trace(poses | looks, into, seen, ids)
 
     def close(self) -> None:
         """Nothing is held that the garbage collector would not free."""
