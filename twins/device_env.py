@@ -314,8 +314,7 @@ class DeviceTwinEnv(TwinEnv):
     def _disturbed(self, actions: Tensor, noise: float) -> Tensor:
         if not noise:
             return actions
-        # A task that needs precision takes less, as it does of its twins' own disturbance.
-        noise = noise * self.task.randomisation.get("action_noise", 1.0)
+        noise = noise * self.task.finish.noise  # a task that needs precision takes less
         spread = noise * np.repeat([MAX_SHIFT, MAX_TURN], 3)
         drawn = spread * self._noise_rng.normal(size=(self.num_envs, 6))
         moved = actions[:, :6] + torch.from_numpy(drawn.astype(np.float32)).to(self.device)

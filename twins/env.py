@@ -453,8 +453,7 @@ class TwinEnv(VectorEnv):
         """`actions` (N, 7) with motion noise of `noise` times the step limits; the gripper's part stays."""
         if not noise:
             return actions
-        # A task that needs precision takes less, as it does of its twins' own disturbance.
-        noise = noise * self.task.randomisation.get("action_noise", 1.0)
+        noise = noise * self.task.finish.noise  # a task that needs precision takes less
         spread = noise * np.repeat([MAX_SHIFT, MAX_TURN], 3)
         actions = actions.copy()
         actions[:, :6] += spread * self._noise_rng.normal(size=(self.num_envs, 6))

@@ -80,6 +80,6 @@ class InsertHexagonBlock(Insertion):
     )
     things = (_prism(), _socket())
     grasp = Grasp(width=FLATS, position=(0.0, 0.0, 0.015), turns=6)
-    finish = Finish(position=(0.0, 0.0, HEIGHT / 2), turns=6)
+    finish = Finish(position=(0.0, 0.0, HEIGHT / 2), turns=6, noise=0.2)
     either_way_up, radius, rim = True, SIDE, RIM
     regions = regions(math.pi / 6, math.pi / 6)

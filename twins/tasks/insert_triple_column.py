@@ -89,6 +89,6 @@ class InsertTripleColumnBlock(Insertion):
     )
     things = (_block(), _socket())
     grasp = Grasp(width=2 * BRIDGE[1], position=(0.0, 0.0, BRIDGE[2]), turns=2)
-    finish = Finish(position=(0.0, 0.0, LENGTH), turns=2)
+    finish = Finish(position=(0.0, 0.0, LENGTH), turns=2, noise=0.2)
     either_way_up, radius, rim = False, BRIDGE[0], RIM
     regions = regions(0.8, 0.6)

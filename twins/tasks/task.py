@@ -76,6 +76,7 @@ class Finish(NamedTuple):
     yaw: float = 0.0  # rad, of the thing in the goal's frame
     turns: int = 0  # at how many yaws of a full turn it may be there; 0: at any
     released: bool = True  # False: the hand keeps it (it is a tool)
+    noise: float = 1.0  # the share of a job's execution noise under which it is still done
 
 
 class Memory(NamedTuple):
