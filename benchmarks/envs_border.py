@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 import numpy as np
+import psutil
 
 from benchmarks._others import Others
 from twinrl.env import ACTION_DIM, Env
@@ -25,7 +26,8 @@ PATIENCE = 20.0  # s that a round may wait for a quiet moment
 def measure(quick: bool) -> dict[str, Any]:
     """{"rows": ...}: `process_border` is the share of throughput lost at 512 environments with images of 64 pixels.
 
-    With few environments the same milliseconds weigh more: `border` is their share there.
+    `cpu` is the share of processor time that went to the border, which a busy machine disturbs less. With few
+    environments the same milliseconds weigh more: `border` is their share there.
     """
     rounds, chunks = (3, 1) if quick else (5, 3)
     rows = compare(512, rounds, chunks, quick, "process_border")
@@ -36,7 +38,7 @@ def compare(count: int, rounds: int, chunks: int, quick: bool, key: str) -> list
     """One row for each round of `count` environments."""
     settings = {"num_envs": count, "image_size": 64, "seed": 1, "max_steps": 100_000}
     inside, outside = make_env(**settings), make_env(**settings, python=sys.executable)
-    others = Others()
+    others, worker = Others(), psutil.Process(outside.simulation.pid)
     rng = np.random.default_rng(0)
     for env in (inside, outside):
         env.reset()
@@ -46,15 +48,17 @@ def compare(count: int, rounds: int, chunks: int, quick: bool, key: str) -> list
         if not quick:
             others.wait(PATIENCE)
         others.start()
-        before = outside.simulation.stats()
-        seconds = {inside: 0.0, outside: 0.0}
+        before, worked = outside.simulation.stats(), _cpu_seconds(worker)
+        seconds, used = {inside: 0.0, outside: 0.0}, {inside: 0.0, outside: 0.0}
         for turn in range(chunks):
             actions = rng.normal(0, MOTION, (count, CHUNK, ACTION_DIM)).astype(np.float32)
             for env in (inside, outside) if (number + turn) % 2 else (outside, inside):
-                start = time.perf_counter()
+                start, busy = time.perf_counter(), time.process_time()
                 env.step_chunk(actions)
                 seconds[env] += time.perf_counter() - start
+                used[env] += time.process_time() - busy
         after = outside.simulation.stats()
+        used[outside] += _cpu_seconds(worker) - worked
         calls = after["worker/calls"] - before["worker/calls"]
         steps = count * CHUNK * chunks
         rows.append(
@@ -66,6 +70,7 @@ def compare(count: int, rounds: int, chunks: int, quick: bool, key: str) -> list
                 "outside_steps_per_s": steps / seconds[outside],
                 "call_ms": 1e3 * (after["worker/border_s"] - before["worker/border_s"]) / calls,
                 key: 1.0 - seconds[inside] / seconds[outside],
+                "cpu": 1.0 - used[inside] / used[outside],
                 "others": round(others.cores(), 3),
             }
         )
@@ -73,6 +78,11 @@ def compare(count: int, rounds: int, chunks: int, quick: bool, key: str) -> list
     for env in (inside, outside):
         env.close()
     return rows
+
+
+def _cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
 
 
 def _must_agree(inside: Env, outside: Env) -> None:
