@@ -445,7 +445,8 @@ def captioned(frame: Frame, title: str) -> np.ndarray:
     if frame.ended:
         draw.rectangle((0, 0, wide - 1, high - 1), outline=colour, width=3)
     right = frame.ended or f"step {frame.step}"
-    draw.text((8, high + 9), title, INK, font)
+    if wide > 400:  # else there is no room for both
+        draw.text((8, high + 9), title, INK, font)
     draw.text(
         (wide - 8, high + 9), f"{right}   return {frame.reward:.2f}", colour, font, anchor="ra"
     )

@@ -29,14 +29,14 @@ def show(
             "--window needs a display, and DISPLAY is not set; without it a video is written"
         )
     import mujoco
-    import mujoco.viewer
+    from mujoco.viewer import launch_passive
 
     env = make()
     act = actor(env)
     simulation = env.simulation
     model, data = simulation.model, mujoco.MjData(simulation.model)
     try:
-        viewer = mujoco.viewer.launch_passive(model, data)
+        viewer = launch_passive(model, data)
     except RuntimeError as error:
         raise TwinRLError(f"MuJoCo's viewer does not start: {error}") from None
     with viewer:
