@@ -160,6 +160,19 @@ def test_a_pushed_eraser_wipes_what_it_slides_over_and_no_more():
     assert not slid[:, far].any()
 
 
+def test_half_a_centimetre_of_rubbing_is_not_enough_but_twice_as_much_is():
+    env = make()
+    env.reset(seed=0)
+    put(env, 0.0, 0.0)
+    idle(env)
+    for enough in (False, True):
+        push(env, 0.2)
+        idle(env, 4)
+        slid = env.snapshot().memory["slid"].max(axis=1)
+        assert ((slid > 0.6 * task.RUB) & ((slid >= task.RUB) == enough)).all(), slid
+        assert (wiped(env) > 0).tolist() == [enough] * 2
+
+
 def test_an_eraser_that_is_set_down_wipes_nothing():
     env = make()
     env.reset(seed=0)
