@@ -108,3 +108,11 @@ def settle(
     _copy(world, safe_qpos, qpos)
     _copy(world, safe_qvel, qvel)
     _copy(world, safe_warmstart, warmstart)
+
+
+@wp.kernel
+def blank(chosen: Flags, rows: Rows):
+    """Write zeros to the rows of chosen worlds."""
+    world, i = wp.tid()
+    if chosen[world]:
+        rows[world, i] = 0.0

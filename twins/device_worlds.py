@@ -125,12 +125,6 @@ class DeviceWorlds:
         )
         self._place, self._place_turn = wp.to_torch(data.mocap_pos), wp.to_torch(data.mocap_quat)
         self._found = wp.to_torch(data.sensordata)
-        # Rows beyond a world's constraints are multiplied by 0: what is not a number in them would come back.
-        self._constraints = [
-            wp.to_torch(array)
-            for array in vars(data.efc).values()
-            if isinstance(array, wp.array) and array.dtype is wp.float32 and array.size
-        ]
         self._fields = {name: wp.to_torch(getattr(self._model, name)) for name in PER_WORLD}
         self._moving = data.qpos, data.qvel, data.qacc_warmstart
         self._safe = [wp.clone(array) for array in self._moving]
@@ -224,6 +218,11 @@ class DeviceWorlds:
     def _clear(self) -> None:
         # Not only the state: the next step would go on with sums that a diverged world has left.
         mjw.reset_data(self._model, self._data, reset=self._active)
+        for array in vars(self._data.efc).values():
+            if isinstance(array, wp.array) and array.dtype is wp.float32 and array.size:
+                # What is beyond a world's constraints is multiplied by 0: if it is not a number, it stays so.
+                rows = array.reshape((self.count, -1))
+                wp.launch(device_kernels.blank, rows.shape, inputs=[self._active, rows])
 
     def _refresh(self) -> None:
         mjw.kinematics(self._model, self._data)
@@ -302,8 +301,6 @@ class DeviceWorlds:
         self.active[rows] = True
         with self.here():
             self._replay("clear")
-        for field in self._constraints:
-            field[rows] = 0.0
         self.qpos[rows] = values["qpos"]
         self.ctrl[rows] = values["ctrl"]
         if self._layout.placed:
