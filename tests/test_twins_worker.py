@@ -3,11 +3,13 @@
 import ast
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import textwrap
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import pytest
 from twinrl.core.errors import ConfigError, ProcessDied, Rejected, RemoteError, WireError
 from twinrl.core.sockets import free_port, wait_until
 from twins import describe, make_env
-from twins.backends import remote_link
+from twins.backends import remote_channel, remote_link
 from twins.backends.contract import SimulationLost
 from twins.backends.remote import RemoteEnv, RemoteSimulation
 from twins.backends.remote_memory import Pieces
@@ -26,6 +28,7 @@ from twins.env import TwinEnv
 from twins.scene_description import describe_scene
 from twins.tasks import make_task
 from twins.worker.example import ExampleSimulation
+from twins.worker.pipe import Pipe
 from twins.worker.tree import Body, Packed, unpack
 
 ROOT = Path(__file__).parent.parent
@@ -387,7 +390,7 @@ class TestProcess:
         bare = tmp_path / "bare"
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", bare], check=True)
         with pytest.raises(
-            ConfigError, match=r"(?s)ended with code 1.*No module named '(numpy|msgpack|zmq)'"
+            ProcessDied, match=r"(?s)ended with code 1.*No module named '(numpy|msgpack|zmq)'"
         ):
             make(worker={"python": str(bare / "bin" / "python")})
 
@@ -520,7 +523,7 @@ class TestByHand:
         second.configure(np.arange(3), configurations(3))
 
     def test_started_again_it_is_found_again(self, make, by_hand, monkeypatch):
-        monkeypatch.setattr(remote_link, "PING_SECONDS", 0.1)
+        monkeypatch.setattr(remote_channel, "PING_SECONDS", 0.1)
         worker, ids = by_hand(), np.arange(3)
         remote = make(worker=worker.settings)
         remote.configure(ids, configurations(3))
@@ -532,7 +535,7 @@ class TestByHand:
         assert remote.pid == worker.popen.pid
 
     def test_a_silent_worker_is_lost(self, make, by_hand, monkeypatch):
-        monkeypatch.setattr(remote_link, "PING_SECONDS", 0.1)
+        monkeypatch.setattr(remote_channel, "PING_SECONDS", 0.1)
         worker, ids = by_hand(), np.arange(3)
         remote = make(worker={**worker.settings, "silent_seconds": 1.0})
         remote.configure(ids, configurations(3))
@@ -723,6 +726,62 @@ class TestTree:
         del row
         assert piece.free
         assert pieces.borrow(2 << 20) is None
+
+
+class TestPipe:
+    @pytest.fixture
+    def ends(self):
+        ends = [Pipe(end) for end in socket.socketpair()]
+        yield ends
+        for end in ends:
+            end.close()
+
+    @staticmethod
+    def soon():
+        """Give up after PATIENCE."""
+        deadline = time.monotonic() + PATIENCE
+
+        def look():
+            assert time.monotonic() < deadline
+
+        return look
+
+    @pytest.mark.parametrize("sizes", [[0], [3, 0, 5], [7, 5 << 20, 1], []])
+    def test_messages_arrive_whole_and_in_order(self, ends, sizes):
+        messages = [[bytes([k + n]) * size for n, size in enumerate(sizes)] for k in range(3)]
+        sender = threading.Thread(
+            target=lambda: [ends[0].send(message, self.soon()) for message in messages]
+        )
+        sender.start()
+        for message in messages:
+            assert [bytes(frame) for frame in ends[1].receive(self.soon())] == message
+        sender.join()
+
+    def test_nobody_there(self, ends):
+        ends[0].close()
+        with pytest.raises(EOFError):
+            ends[1].receive(self.soon())
+        with pytest.raises(EOFError):
+            ends[1].send([b"x"] * 1000, self.soon())
+
+    def test_waiting_ends_when_it_is_not_worth_it(self, ends):
+        def look():
+            raise TimeoutError
+
+        with pytest.raises(TimeoutError):
+            ends[1].receive(look)
+        with pytest.raises(TimeoutError):
+            ends[1].send([bytes(64 << 20)], look)
+
+    @pytest.mark.parametrize("words", [[1 << 40], [0], [8, 3], [16, 1, 99], [24, 1, 2, 0]])
+    def test_damaged_lengths(self, words):
+        first, second = socket.socketpair()
+        with first:
+            pipe = Pipe(second)
+            first.sendall(np.array(words, "<u8").tobytes())
+            with pytest.raises(WireError):
+                pipe.receive(self.soon())
+            pipe.close()
 
 
 class TestPython38:

@@ -5,35 +5,27 @@ from __future__ import annotations
 import contextlib
 import difflib
 import logging
-import secrets
-import threading
 import time
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from twinrl.core.errors import (
     ConfigError,
-    DeadlineError,
     ProcessDied,
     Rejected,
     RemoteError,
     TwinRLError,
 )
-from twinrl.core.keys import Keys
-from twinrl.core.sockets import Client
 from twins.backends.contract import SimulationLost
+from twins.backends.remote_channel import Channel, DialledChannel, PipeChannel
 from twins.backends.remote_memory import Pieces, probe
-from twins.backends.remote_process import STOP_SECONDS, Folder, WorkerProcess, wait_for
+from twins.backends.remote_process import STOP_SECONDS, Folder, WorkerProcess
 from twins.worker import CONTRACT
 from twins.worker.tree import Packed, unpack
 
 log = logging.getLogger(__name__)
-HELLO_SECONDS, GOODBYE_SECONDS = 30.0, 2.0
-LOOK_SECONDS = 0.05  # between looks whether the process that should answer still lives
-PING_SECONDS = 2.0  # between signs of life to a worker that we have not started
+HELLO_SECONDS = 30.0  # of a worker that is there already
 LARGE = 16 << 10  # bytes of arguments from which they go through shared memory
 MAX_RESTARTS = 5  # within RESTART_WINDOW, then the worker is given up
 RESTART_WINDOW = 600.0  # s
@@ -87,11 +79,8 @@ class Link:
         self.pid: int | None = None  # of the worker
         self._opening = opening
         self._name = f"worker of {target}"
-        self._token = secrets.token_hex(8)
         self._folder = Folder() if worker.python is not None else None
-        self._process: WorkerProcess | None = None
-        self._client: Client | None = None
-        self._pulse: _Pulse | None = None
+        self._channel: Channel | None = None
         self._pieces: Pieces | None = None
         self._wanted: dict[str, int] = {}  # by last method: bytes of the largest answer so far
         self._starts = 0
@@ -122,7 +111,7 @@ class Link:
     def _connect(self) -> None:
         self._starts += 1
         try:
-            self._reach()
+            self._channel = self._reach()
             self._greet()
             _result, arrays = self._request(
                 "open", {}, self._opened(), self.worker.start_seconds, "make its simulator"
@@ -131,36 +120,30 @@ class Link:
                 arrays["tree"], arrays.get("body", np.zeros(0, np.uint8)), copy=True
             )
         except BaseException:
-            self._say_goodbye()
+            if self._channel is not None and self.pid is not None:
+                self._channel.leave()
             self._drop()
             raise
         self.connected = True
 
-    def _reach(self) -> None:
-        if self._folder is not None:
-            worker = self.worker
-            self._process = WorkerProcess(
-                worker.python,
-                self.target,
-                self._folder,
-                self._starts,
-                worker.path,
-                worker.environment,
-            )
-            wait_for(self._process, worker.start_seconds)
-            keys, address = Keys.load(self._folder.keys / "cluster.key"), self._process.address
-        else:
-            keys, address = Keys.load(self.worker.keys), self.worker.address
-        self._client = Client(self._name, address, keys)
+    def _reach(self) -> Channel:
+        worker = self.worker
+        if self._folder is None:
+            return DialledChannel(self._name, worker.address, worker.keys, worker.silent_seconds)
+        process = WorkerProcess(
+            worker.python, self.target, self._folder, worker.path, worker.environment
+        )
+        return PipeChannel(self._name, process)
 
     def _greet(self) -> None:
-        args: dict[str, Any] = {"contract": CONTRACT, "client": self._token}
+        args: dict[str, Any] = {"contract": CONTRACT}
         arrays = {}
         piece = probe()
         if piece is not None:
             args["piece"], arrays["secret"] = piece[0].address, piece[1]
         try:
-            hello, _ = self._request("hello", args, arrays, HELLO_SECONDS, "say hello")
+            seconds = self.worker.start_seconds if self._folder is not None else HELLO_SECONDS
+            hello, _ = self._request("hello", args, arrays, seconds, "say hello")
         except Rejected as error:
             raise Rejected(
                 f"the {self._name} is of another version: {error}; run the same TwinRL on both sides"
@@ -177,8 +160,7 @@ class Link:
             )
         self.pid = hello["process"]
         self._pieces = Pieces(self.worker.memory_mb << 20) if hello["shared"] else None
-        if self._folder is None:
-            self._pulse = _Pulse(self._client, self._token, hello["instance"])
+        self._channel.greeted(hello)
 
     def _opened(self) -> dict[str, np.ndarray]:
         packed = Packed(self._opening)
@@ -238,10 +220,7 @@ class Link:
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """An answer; whatever prevents one leaves no worker behind that could still be at work."""
         try:
-            future = self._client.submit(method, {"client": self._token, **args}, arrays)
-            # Imports and compilers may keep a worker from answering while it makes its simulator.
-            silence = self.worker.silent_seconds if method == "call" else seconds
-            result, found = self._wait(future, seconds, silence, what)
+            result, found = self._channel.ask(method, args, arrays, seconds, what)
         except Rejected as error:
             if method == "call":  # restarted by hand, or taken by another client
                 self._drop()
@@ -261,32 +240,6 @@ class Link:
             raise SimulationLost(f"the {self._name} could not {what}:\n{failure}")
         raise RemoteError(f"the {self._name} could not {what}:\n{failure}")
 
-    def _wait(
-        self, future: Future, seconds: float, silence: float, what: str
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                return future.result(LOOK_SECONDS)
-            except FutureTimeout:
-                pass
-            if self._process is not None and not self._process.alive:
-                with contextlib.suppress(FutureTimeout):  # an answer may have come before its end
-                    return future.result(0.0)
-                raise SimulationLost(
-                    f"the {self._name}, asked to {what}, {self._process.how_it_ended()}"
-                )
-            if self._pulse is not None and self._pulse.lost(silence):
-                raise SimulationLost(
-                    f"the {self._name} at {self.worker.address}, asked to {what}, {self._pulse.why}"
-                )
-            if time.monotonic() > deadline:
-                self._client.forget(future)
-                raise SimulationLost(
-                    f"the {self._name} did not {what} within {seconds:g} s and is taken for hung; "
-                    "if it is only slow, raise call_seconds or start_seconds in twins.options.worker"
-                )
-
     # -- lost ------------------------------------------------------------------------------------------------
 
     def _count_death(self, why: str) -> None:
@@ -303,19 +256,14 @@ class Link:
         """Let go of the worker; one that we have started ends at the latest after `patience` seconds."""
         self.connected, self.pid = False, None
         self._pieces = None  # a worker that hangs may still write into the old ones
-        if self._pulse is not None:
-            self._pulse.stop()
-            self._pulse = None
-        if self._process is not None:
-            self._process.end(patience)
-            self._process = None
-        if self._client is not None:
-            self._client.close()
-            self._client = None
+        channel, self._channel = self._channel, None
+        if channel is not None:
+            channel.close(patience)
 
     def close(self) -> None:
         """Say goodbye. A worker that we have started ends, another one keeps its simulator."""
-        self._say_goodbye()
+        if self._channel is not None and self.pid is not None:
+            self._channel.leave()
         self._drop(patience=STOP_SECONDS)
         if self._folder is not None:
             self._folder.close()
@@ -323,14 +271,6 @@ class Link:
     def __del__(self) -> None:
         with contextlib.suppress(Exception):  # half made, or the interpreter ends
             self.close()
-
-    def _say_goodbye(self) -> None:
-        if self._client is None or self.pid is None:
-            return
-        with contextlib.suppress(TwinRLError, FutureTimeout):
-            future = self._client.submit("leave", {"client": self._token})
-            if self._process is None:  # else its end is waited for
-                future.result(GOODBYE_SECONDS)
 
     def stats(self) -> dict[str, float]:
         """Restarts, calls, and of the seconds waited for them how many were the border's own."""
@@ -341,42 +281,3 @@ class Link:
             "worker/border_s": self._waited - self._worked,
             "worker/shared_mb": self._pieces.nbytes / 1e6 if self._pieces is not None else 0.0,
         }
-
-
-class _Pulse:
-    """Tells a worker that was started by hand that we live, and hears whether it does."""
-
-    def __init__(self, client: Client, token: str, instance: str) -> None:
-        self._client, self._token, self._instance = client, token, instance
-        self._heard = time.monotonic()
-        self.why = ""
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="pulse of a worker", daemon=True)
-        self._thread.start()
-
-    def lost(self, seconds: float) -> bool:
-        """Whether it was silent for `seconds`, or is another one now; `why` says which."""
-        silent = time.monotonic() - self._heard
-        if not self.why and silent > seconds:
-            self.why = f"gave no sign of life for {silent:.0f} s"
-        return bool(self.why)
-
-    def stop(self) -> None:
-        """End the thread."""
-        self._stop.set()
-
-    def _run(self) -> None:
-        while not self._stop.wait(PING_SECONDS):
-            try:
-                answer, _ = self._client.call("ping", {"client": self._token}, timeout=PING_SECONDS)
-            except DeadlineError:
-                continue
-            except Rejected as error:
-                self.why = f"is not ours any more: {error}"
-                return
-            except TwinRLError:  # the client is being closed
-                return
-            if answer["instance"] != self._instance:
-                self.why = "was started again"
-                return
-            self._heard = time.monotonic()

@@ -9,6 +9,7 @@ import logging
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
@@ -20,8 +21,8 @@ from pathlib import Path
 import twinrl
 import twins
 from twinrl.core.errors import ConfigError
-from twinrl.core.keys import create_keys
 from twinrl.parent import PARENT
+from twins.worker.pipe import Pipe
 
 log = logging.getLogger(__name__)
 PREFIX = "twinrl-worker-"
@@ -29,33 +30,23 @@ LAST_LINES, LONGEST_LINE = 60, 2000  # of its output that are kept; bytes
 NEW = 60.0  # s: a younger folder may not have its lock yet
 START_SECONDS = 60.0  # for the system to make a process
 STOP_SECONDS = 5.0  # from asking to SIGKILL
-LONGEST_SOCKET = 100  # characters of a Unix socket's path
 # Of our own environment: another Python must find its own packages.
 OURS = ("PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__")
 
 
 class Folder:
-    """A private folder: keys, sockets, and an import path that holds `twinrl` and `twins` alone."""
+    """A private folder: an import path that holds `twinrl` and `twins` alone."""
 
     def __init__(self) -> None:
         _remove_abandoned()
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
-        if len(str(self.path)) > LONGEST_SOCKET - 10:
-            shutil.rmtree(self.path)
-            self.path = Path(tempfile.mkdtemp(prefix=PREFIX, dir="/tmp"))
         owner = os.open(self.path / "owner", os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(owner, fcntl.LOCK_EX)  # until this process ends, however it ends
         self.close = weakref.finalize(self, _close_folder, self.path, owner)
-        create_keys(self.keys)
         self.modules.mkdir()
         for package in (twinrl, twins):
             folder = Path(package.__file__).resolve().parent
             (self.modules / folder.name).symlink_to(folder, target_is_directory=True)
-
-    @property
-    def keys(self) -> Path:
-        """Where the keys of both sides are."""
-        return self.path / "keys"
 
     @property
     def modules(self) -> Path:
@@ -101,15 +92,14 @@ class WorkerProcess:
         python: str,
         target: str,
         folder: Folder,
-        number: int,
         path: Iterable[str] = (),
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """`path`: more folders to import from; `environment`: more variables; `number` names the socket."""
-        self._socket = folder.path / f"{number}.sock"
-        self.address = f"ipc://{self._socket}"
-        self._command = [find_python(python), "-m", "twins.worker", "--listen", self.address]
-        self._command += ["--keys", str(folder.keys), "--serve", target, "--directory", os.getcwd()]
+        """`path`: more folders to import from; `environment`: more variables."""
+        ours, self._theirs = socket.socketpair()
+        self.pipe = Pipe(ours)
+        self._command = [find_python(python), "-m", "twins.worker", "--serve", target]
+        self._command += ["--pipe", str(self._theirs.fileno()), "--directory", os.getcwd()]
         self._modules = folder.modules
         variables = {k: v for k, v in os.environ.items() if k not in OURS}
         variables["PYTHONPATH"] = os.pathsep.join(
@@ -139,12 +129,10 @@ class WorkerProcess:
         """Whether it still runs."""
         return self._popen.poll() is None
 
-    def listens(self) -> bool:
-        """Whether its socket is there."""
-        return self._socket.exists()
-
     def how_it_ended(self) -> str:
         """One line about its end, and its last words."""
+        with contextlib.suppress(subprocess.TimeoutExpired):  # its socket goes a moment before it
+            self._popen.wait(STOP_SECONDS)
         self._thread.join(0.5)  # what it wrote at the end is still being read
         code = self._popen.poll()
         if code is None:
@@ -167,8 +155,7 @@ class WorkerProcess:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         self._popen.wait(STOP_SECONDS)
-        with contextlib.suppress(OSError):
-            self._socket.unlink()
+        self.pipe.close()
 
     def _run(self, started: threading.Event) -> None:
         try:
@@ -180,11 +167,13 @@ class WorkerProcess:
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # Ctrl-C is ours to hand on, in order
                 env=self._variables | {PARENT: str(os.getpid())},
+                pass_fds=(self._theirs.fileno(),),
             )
         except OSError as error:
             self._trouble = error
             return
         finally:
+            self._theirs.close()  # or its end would not end the connection
             started.set()
         with self._popen.stdout as output:
             for line in iter(lambda: output.readline(LONGEST_LINE), b""):
@@ -192,17 +181,3 @@ class WorkerProcess:
                 self._lines.append(text)
                 log.debug("worker %d: %s", self._popen.pid, text)
         self._popen.wait()
-
-
-def wait_for(process: WorkerProcess, seconds: float) -> None:
-    """Wait until the process listens; ConfigError with its last words when it ends instead."""
-    deadline = time.monotonic() + seconds
-    while not process.listens():
-        if not process.alive:
-            raise ConfigError(f"the worker {process.how_it_ended()}")
-        if time.monotonic() > deadline:
-            process.end(0.0)
-            raise ConfigError(
-                f"the worker did not listen within {seconds:g} s: {process.how_it_ended()}"
-            )
-        time.sleep(0.02)

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Any, Dict, List
@@ -13,7 +14,9 @@ from typing import Any, Dict, List
 from twinrl.core.errors import ConfigError, TwinRLError
 from twinrl.core.keys import Keys, create_keys
 from twinrl.parent import PARENT, die_with_parent
-from twins.worker.service import Service
+from twins.worker.listener import Listener
+from twins.worker.pipe import Pipe
+from twins.worker.service import Service, serve
 
 HELP = """
 examples:
@@ -43,12 +46,12 @@ def main(arguments: List[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--listen", required=True, metavar="ADDRESS", help="ipc://FILE or tcp://HOST:PORT")
+    add("--listen", metavar="ADDRESS", help="ipc://FILE or tcp://HOST:PORT")
     add(
         "--keys",
-        required=True,
         metavar="FOLDER",
         type=Path,
+        default=Path("worker-keys"),
         help="the connection's keys, made if there are none",
     )
     add("--serve", required=True, metavar="MODULE:FACTORY", help="what makes the Simulation or Env")
@@ -58,23 +61,27 @@ def main(arguments: List[str] | None = None) -> int:
         metavar="JSON",
         help="override the client's options; @FILE reads a file",
     )
-    add("--directory", help=argparse.SUPPRESS)  # to work in, once our modules are found
+    # Of TwinRL itself, which starts workers on its own host: the socket to answer on, and the folder to work in.
+    add("--pipe", type=int, help=argparse.SUPPRESS)
+    add("--directory", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
+    if given.listen is None and given.pipe is None:
+        parser.error("--listen is missing, such as --listen tcp://0.0.0.0:5600")
     logging.basicConfig(
         level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
-    die_with_parent()
-    parent = os.environ.get(PARENT)
     try:
-        options = read_options(given.options)
-        create_keys(given.keys)
-        keys = Keys.load(given.keys / "server.key")
-        allowed = {Keys.load(given.keys / "cluster.key").public: "cluster"}
-        if given.directory:
+        service = Service(given.serve, read_options(given.options))
+        if given.pipe is None:
+            create_keys(given.keys)
+            keys = Keys.load(given.keys / "server.key")
+            allowed = {Keys.load(given.keys / "cluster.key").public: "cluster"}
+            Listener(service, given.listen, keys, allowed).run()
+        else:
+            die_with_parent()
             os.chdir(given.directory)
-        Service(
-            given.serve, given.listen, keys, allowed, options, int(parent) if parent else None
-        ).run()
+            end = socket.socket(fileno=given.pipe)
+            serve(service, Pipe(end), int(os.environ[PARENT]))
     except TwinRLError as error:
         print(f"twins.worker: {error}", file=sys.stderr)
         return 2
