@@ -27,6 +27,19 @@ class Recording(NamedTuple):
     final: np.ndarray  # (N, state)
 
 
+class Clock:
+    """Adds up the time spent in `with` blocks: on the clock on the wall, and on this process's processors."""
+
+    seconds = processor = 0.0
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter(), time.process_time()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._start[0]
+        self.processor += time.process_time() - self._start[1]
+
+
 def make(count: int, **options: Any) -> Any:
     """An environment of `count` copies of the benchmark's task."""
     return make_env(TASK, count, seed=1, **options)
@@ -55,18 +68,18 @@ def record(env: Any, steps: int) -> Recording:
     return Recording(np.array(actions), np.array(controls), start, resets, final)
 
 
-def play(env: Any, recording: Recording) -> float:
-    """Seconds that the environment takes for it: steps, observations, rewards, ends, and resets with new draws."""
+def play(env: Any, recording: Recording) -> Clock:
+    """What the environment takes for it: steps, observations, rewards, ends, and resets with new draws."""
     env.reset(seed=1)
-    start = time.perf_counter()
-    for k, action in enumerate(recording.actions):
-        _, _, terminated, truncated, _ = env.step(action)
-        ended = due(k, terminated, truncated)
-        if ended.any():
-            env.reset(options={"reset_mask": ended})
-    seconds = time.perf_counter() - start
+    clock = Clock()
+    with clock:
+        for k, action in enumerate(recording.actions):
+            _, _, terminated, truncated, _ = env.step(action)
+            ended = due(k, terminated, truncated)
+            if ended.any():
+                env.reset(options={"reset_mask": ended})
     assert (env.simulation.batch.state == recording.final).all(), "the episodes were not repeated"
-    return seconds
+    return clock
 
 
 class Bare:
@@ -80,8 +93,8 @@ class Bare:
         self._controls = self._batch.bind("ctrl")
         self._tracer = tracer(simulation.model, self._batch, env) if tracer else None
 
-    def play(self, recording: Recording) -> float:
-        """Seconds that its physics take, and its images if there are cameras."""
+    def play(self, recording: Recording) -> Clock:
+        """What its physics take, and its images if there is a tracer."""
         batch, tracer = self._batch, self._tracer
         batch.state[:] = recording.start
         clock = Clock()
@@ -102,19 +115,7 @@ class Bare:
                 with clock:
                     tracer.trace(len(ended))
         assert (batch.state == recording.final).all(), "the physics are not the recorded ones"
-        return clock.seconds
-
-
-class Clock:
-    """Adds up the time spent in `with` blocks."""
-
-    seconds = 0.0
-
-    def __enter__(self) -> None:
-        self._start = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds += time.perf_counter() - self._start
+        return clock
 
 
 class OwnTracer:

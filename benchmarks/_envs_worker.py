@@ -14,7 +14,11 @@ import numpy as np
 import protocol  # beside the peers' workers; `replay_bench.processes.Worker` puts it on the path
 
 from twinrl.env import image_key
+from twins import arm, kinematics, scene
+from twins.control import Controller, ToolPoses
+from twins.kernels import STATE_DIM
 from twins.scene import CAMERAS
+from twins.tasks import make_task
 
 
 class Rollout:
@@ -71,53 +75,65 @@ class SingleEnv(gymnasium.Env):
     def __init__(self, image_size: int, samples: int) -> None:
         import mujoco
 
-        from twins import arm, kinematics, scene
-        from twins.control import Controller, ToolPoses
-        from twins.kernels import STATE_DIM
-        from twins.tasks import make_task
-
-        self._mujoco, self._scene, self._home = mujoco, scene, kinematics.HOME
-        task = make_task("pick-and-place")
-        self._model = scene.build_scene(task).compile()
+        self.prepare()
         self._model.vis.quality.offsamples = samples
-        self._data = mujoco.MjData(self._model)
         self._renderer = mujoco.Renderer(self._model, image_size, image_size)
-        self._finger, self._steps, self._limit = arm.FINGER_RANGE, 0, task.max_steps
-        self._controller, self._tool, self._ids = Controller(1), ToolPoses(1), np.zeros(1, int)
         box, pixels = gymnasium.spaces.Box, (image_size, image_size, 3)
         spaces = {image_key(name): box(0, 255, pixels, np.uint8) for name in CAMERAS}
         spaces["observation.state"] = box(-np.inf, np.inf, (STATE_DIM,), np.float32)
         self.observation_space = gymnasium.spaces.Dict(spaces)
         self.action_space = box(-1, 1, (7,), np.float32)
 
-    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
-        """Home, with the thing somewhere else."""
-        super().reset(seed=seed)
+    def prepare(self) -> None:
+        """Scene and control law, without images."""
+        import mujoco
+
+        self._mujoco, task = mujoco, make_task("pick-and-place")
+        self._model = scene.build_scene(task).compile()
+        self._data = mujoco.MjData(self._model)
+        self._steps, self._limit = 0, task.max_steps
+        self._controller, self._tool, self._ids = Controller(1), ToolPoses(1), np.zeros(1, int)
+
+    def start(self, qpos: np.ndarray) -> None:
+        """Begin an episode in a state."""
         data, self._steps = self._data, 0
         self._mujoco.mj_resetData(self._model, data)
-        data.qpos[:7] = data.ctrl[:7] = self._home
-        data.qpos[7:9] = data.ctrl[7:9] = self._finger
-        data.joint("object").qpos[:2] += self.np_random.uniform(-0.1, 0.1, 2)
+        data.qpos[:], data.ctrl[:] = qpos, qpos[: len(data.ctrl)]
         self._mujoco.mj_forward(self._model, data)
         self._controller.begin(self._ids, data.qpos[None, :7], np.zeros(1, int))
-        return self._observe(), {}
 
-    def step(self, action: np.ndarray) -> Any:
+    def advance(self, action: np.ndarray) -> None:
         """One control step."""
         data = self._data
         _, joints, opening = self._controller.command(self._ids, action[None], data.qpos[None, :7])
-        data.ctrl[:7], data.ctrl[7:9] = joints[0], opening[0] * self._finger
-        self._mujoco.mj_step(self._model, data, self._scene.SUBSTEPS)
+        data.ctrl[:7], data.ctrl[7:9] = joints[0], opening[0] * arm.FINGER_RANGE
+        self._mujoco.mj_step(self._model, data, scene.SUBSTEPS)
         self._steps += 1
+
+    def state(self) -> np.ndarray:
+        """(S,) `observation.state`."""
+        qpos = self._data.qpos[None]
+        width = qpos[:, 7:9].sum(axis=1)
+        return self._controller.observe(self._ids, *self._tool(qpos[:, :7]), width)[0].copy()
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        """Home, with the thing somewhere else."""
+        super().reset(seed=seed)
+        qpos = self._model.qpos0.copy()
+        qpos[:7], qpos[7:9] = kinematics.HOME, arm.FINGER_RANGE
+        qpos[9:11] += self.np_random.uniform(-0.1, 0.1, 2)
+        self.start(qpos)
+        return self._observe(), {}
+
+    def step(self, action: np.ndarray) -> Any:
+        """As gymnasium has it."""
+        self.advance(action)
         return self._observe(), 0.0, False, self._steps >= self._limit, {}
 
     def _observe(self) -> dict[str, np.ndarray]:
-        data = self._data
-        width = data.qpos[7:9].sum(keepdims=True)
-        state = self._controller.observe(self._ids, *self._tool(data.qpos[None, :7]), width)
-        seen = {"observation.state": state[0].copy()}
+        seen = {"observation.state": self.state()}
         for name in CAMERAS:
-            self._renderer.update_scene(data, camera=name)
+            self._renderer.update_scene(self._data, camera=name)
             seen[image_key(name)] = self._renderer.render()
         return seen
 
@@ -140,7 +156,7 @@ class AsyncVector:
 
     def run_async(self, seconds: float) -> dict[str, Any]:
         """Environment steps a second."""
-        return protocol_rate(self._env, seconds)
+        return rate(self._env, seconds)
 
     def close_async(self) -> dict[str, Any]:
         """End them."""
@@ -150,7 +166,7 @@ class AsyncVector:
         return {}
 
 
-def protocol_rate(env: Any, seconds: float) -> dict[str, Any]:
+def rate(env: Any, seconds: float) -> dict[str, Any]:
     """Environment steps a second of a vector environment under small random actions."""
     rng, steps = np.random.default_rng(0), 0
     start = time.perf_counter()
