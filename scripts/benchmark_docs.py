@@ -11,6 +11,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks are no package of the distribution
 
+from benchmarks import envs  # noqa: E402
 from benchmarks.replay_bench.bench import Row  # noqa: E402
 from benchmarks.replay_bench.figures import CALM, FIGURES, medians  # noqa: E402
 
@@ -75,6 +76,7 @@ Written by `scripts/benchmark_docs.py` from `benchmarks/results/`: measure again
 | `python -m benchmarks.replay` | the replay service beside other replays, memory, disk and bare sockets | `replay.json` |
 | `python -m benchmarks.weights` | weights from the learner to actors and over slow links | `weights.json` |
 | `python -m benchmarks.codecs` | image codecs: [codecs](codecs.md) | `codecs.json` |
+| `python -m benchmarks.envs` | environments beside bare physics and tracing, and beside other fleets | `envs.json` |
 
 Each takes `--quick` (within two minutes) and `--json FILE`; `make bench` runs the quick forms of all. The replay's peers
 run in environments of their own: `make peers` builds them (1.4 GB); without them their rows are left out. One group of
@@ -124,6 +126,30 @@ no service lies in between, so it has nothing to copy into. Redis: `SET` of 50 p
 `MGET`. ZeroMQ: one request of 50 pickled transitions, REP thread and sampling in one Python process.
 """
 
+ENVS_METHOD = """## How environments are measured
+
+**The same states.** The scripted expert plays pick-and-place (with some noise) and its actions, what reached the servos and
+each reset are recorded. Then the environment plays the actions again, and a bare `mujoco.batch.Batch` gets the recorded
+controls: 50 physics steps of 2 ms for each control step, states put in place at resets. Both must end in the recorded state
+bit for bit, or the benchmark stops. Beside episodes that are over, one in forty is ended in every step, so that resets with
+new draws are spread as in a long run. One thread each. With images both cameras are drawn in every step, by the tracer
+called directly in the bare run; computing poses for it is not counted there.
+
+**The tracer.** `twins.tracer` draws what mujoco-warp's tracer draws (a test compares them pixel by pixel); against that one,
+on warp's CPU device, there are rows of their own.
+
+**Actor.** `TwinActor.collect` with actions from a table in the policy's place, chunks of 8 steps, images at chunk boundaries,
+a replay service in its own process; the clock stops when the last segment is acknowledged.
+
+**Peers.** `AsyncVectorEnv` runs single environments of the same scene, with the same control law in the same kernels, two
+images of `mujoco.Renderer` (EGL; without a GPU Mesa draws them in software) and neither rewards nor randomisation. It is tried
+with as many processes as there are cores, and twice and four times as many; the best counts. Ours runs in one process with as
+many threads as there are cores. gym-hil runs its own scene, whose robot is made of meshes, with its own shadows.
+
+**Memory.** Resident memory of two processes with few and with many environments, with every randomisation, after two
+resets of all; two copies of the images (8 pixels) are taken off.
+"""
+
 
 def page() -> str:
     """The page's text."""
@@ -139,14 +165,26 @@ def page() -> str:
     if weights:
         parts += ["", "## Weights\n", "See [weights](weights.md).\n", *_environment(weights)]
         parts += _table([(*each, "all of it") for each in WEIGHTS], weights)
-    parts += ["", METHOD, *_missed()]
+    found = _load("envs")
+    if found:
+        parts += ["", "## Environments\n", *_environment(found)]
+        parts += _table(
+            [(f.key, f.text, f.goal, f"`--rows {f.rows}`") for f in envs.FIGURES], found
+        )
+        parts += _device(found)
+    parts += ["", METHOD, *([ENVS_METHOD] if found else []), *_missed()]
     return "\n".join(parts).rstrip() + "\n"
 
 
 def missed() -> list[str]:
     """Keys whose goals the committed results miss."""
     goals = {figure.key: figure.goal for figure in FIGURES} | {key: g for key, _, g in WEIGHTS}
-    found = _load("replay").get("figures", {}) | _load("weights").get("figures", {})
+    goals |= {figure.key: figure.goal for figure in envs.FIGURES}
+    found = {
+        key: value
+        for name in ("replay", "weights", "envs")
+        for key, value in _load(name).get("figures", {}).items()
+    }
     return [key for key, goal in goals.items() if key in found and not _reached(found[key], goal)]
 
 
@@ -206,6 +244,30 @@ def _table(lines: list[tuple[str, str, str, str]], report: dict[str, Any]) -> li
         verdict = ("yes" if _reached(value, goal) else "**no**") if goal else ""
         out.append(f"| `{key}` | {text} | {goal} | {shown} | {verdict} | {rows} |")
     return out
+
+
+def _device(report: dict[str, Any]) -> list[str]:
+    """Control steps a second on a GPU, where they were measured."""
+    rows = [row for row in report["rows"] if row["rows"] == "cuda"]
+    if not rows:
+        return []
+    sizes, counts = (sorted({row[key] for row in rows}) for key in ("px", "envs"))
+    titles = [f"two images of {px} px" if px else "without images" for px in sizes]
+    out = [
+        "",
+        f"| environments on one GPU ({rows[0].get('device', 'CUDA')}) | "
+        + " | ".join(titles)
+        + " |",
+    ]
+    out.append("| ---: |" + " ---: |" * len(sizes))
+    for count in counts:
+        keys = [f"cuda_per_s_{count}_{px}px" for px in sizes]
+        cells = [
+            _number(report["figures"][key]) if key in report["figures"] else "" for key in keys
+        ]
+        out.append(f"| {count:,} | " + " | ".join(cells) + " |")
+    note = "Control steps a second, of 50 physics steps each; ManiSkill 3 publishes 30,000 frames a second with rendering."
+    return [*out, "", note]
 
 
 def _number(value: float) -> str:
