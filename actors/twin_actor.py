@@ -20,7 +20,7 @@ from twinrl.core.errors import DeadlineError, TwinRLError
 from twinrl.env import Env
 from twinrl.weights import Weights, WeightSource
 
-SAMPLED_CHUNK = 4  # control steps between two observations of random play
+SAMPLED_CHUNK = 2  # control steps between two observations of random play
 WAIT_FOR_WEIGHTS = (
     120.0  # s; a learner that publishes nothing for so long is reported, not waited for
 )

@@ -75,6 +75,11 @@ def _check(config: Config, spec: EnvSpec) -> None:
         )
     if not _has_stand_in(config):
         real = config.real_rl
+        problems += [
+            f"decides about its {key} itself, so leave task.{key} out"
+            for key in ("reward", "regions")
+            if getattr(config.task, key)
+        ]
         if "real" in config.evaluation.worlds:
             problems.append("has no stand-in for a real arm, so set evaluation.worlds: [twin]")
         if real.robot_minutes or real.mining_episodes:

@@ -22,7 +22,7 @@ RETRIES = 3  # of a call whose actor died; Ray brings the actor back
 RESTART_SECONDS = 30.0  # within which an actor's death is one event
 POLL = 0.25  # s
 STAND_IN = {"variant": "standin"}
-BEGINNING = 2000  # observations of random play, from which a policy without demonstrations begins
+BEGINNING = 512  # observations of random play, from which a policy without demonstrations begins
 
 
 class Schedule:
