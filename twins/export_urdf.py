@@ -106,6 +106,8 @@ def _add_shape(link: ElementTree.Element, role: str, shape: dict[str, Any]) -> N
         ElementTree.SubElement(geometry, "sphere", radius=_number(size[0]))
     else:
         lengths = {"radius": _number(size[0]), "length": _number(2 * size[1])}
+        if shape["kind"] == "capsule":
+            lengths["height"] = lengths["length"]  # as Newton calls it
         ElementTree.SubElement(geometry, shape["kind"], lengths)
     if role == "visual":
         # Materials are known by name in some readers, so a name is one colour's.

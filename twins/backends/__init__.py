@@ -52,6 +52,7 @@ BACKENDS: dict[str, Backend] = {
     "isaac-gym": Backend("twins.backends.isaac_gym:IsaacGym", True),
     "isaac-lab": Backend("twins.backends.isaac_lab:IsaacLab", True),
     "maniskill": Backend("twins.backends.maniskill:ManiSkill", True),
+    "newton": Backend("twins.backends.newton:Newton", True),
 }
 
 
