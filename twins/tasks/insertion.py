@@ -215,7 +215,7 @@ class Insertion:
         slid = (xp.abs(along[:, 0]) > SLID) | (rotation.norm(off - along * up) > FIRM)
         foot = now.position["block"][:, 2] - self.finish.position[2] * up[:, 2]
         settled = (up[:, 2] > 0.9) & (foot < 0.004) | (
-            (foot < self.rim + 0.002) & (self.astray(now) < 0.004)
+            (foot < self.rim - 0.004) & (self.astray(now) < 0.003)
         )
         return slid & settled
 
