@@ -31,14 +31,15 @@ ASIDE, ABOVE, LEAN = 0.0025, 0.0025, 0.03  # m, m, sine of the angle
 HOVER, CLEAR = 0.06, 0.022  # m, of the hand over the block, and of the block's foot over the rim
 ALIGNED = 0.0025  # m, off straight over the hole: what the foot may touch the rim with
 LEVER = 0.025  # m: a radian off counts as much as this
-# The arm is stiff, 15 N and more for each millimetre that the target lies below, and the fingers slip from 25 N.
+# The arm pushes with some 10 N for each millimetre that the target lies below; the fingers, at 13 to 25 N on a side,
+# slip with little friction from that much on.
 PRESS = 0.0025  # m, how far below rim and table the block is wanted
 PACE = 0.006  # m a step, while lowering in the hole
 NEAR = 0.008  # m, beside the hole, where it may be moved on the rim
 LYING = 0.6  # cosine of the angle from which a block lies rather than leans
-MAX_TILT = 0.5  # rad, of a hand that can still put a block into the hole
-STANDING_X, STANDING_Y = (0.4, 0.48), 0.2  # m, where that is done
-STEEP = 0.4  # rad off upright, from which it falls upright when it is let go
+MAX_TILT = 0.5  # rad, of a hand that can still put a block into the hole; tilted more it stands the block up
+STANDING_X, STANDING_Y = (0.4, 0.48), 0.2  # m, where it does so
+STEEP = 0.4  # rad off upright, from which a block falls upright when it is let go
 LOOSE = 0.013  # m, that the fingers may stand wider than they should, for a skewed grasp
 # Between tcp and the grasped place, in m: held at all; and held well enough, across the block and along it.
 GRASP_REACH, FIRM, SLID = 0.035, 0.012, 0.015
