@@ -1,13 +1,20 @@
-"""Pick-and-place: the expert solves it, nothing else counts as success, and twins can be retargeted."""
+"""Pick-and-place: the expert solves it, and nothing else counts as success. And of any task: its configurations
+repeat an episode, changes are switched and scaled, and one more is one file.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import twins
 from twinrl.env import image_key
-from twins import rotation
+from twins import randomise, rotation
 from twins.labels import labelled_scenes
-from twins.retarget import Demonstration, Tracker, retarget
+from twins.tasks import TASKS, make_task, task_names
 from twins.tasks import pick_and_place as task
 
 COUNT = 64
@@ -124,50 +131,6 @@ def test_a_lost_banana_ends_the_episode_as_a_failure():
     assert not result.success.any() and not result.truncated.any()
 
 
-@pytest.fixture(scope="module")
-def demonstrations():
-    env = twins.make_env(num_envs=8, render=False)
-    env.reset(seed=21, options={"region": "id"})
-    success, history = run(env, env.expert)
-    states, actions, mask = (
-        np.concatenate([getattr(h, name) for h in history], axis=1)
-        for name in ("states", "action", "mask")
-    )
-    return [
-        Demonstration.of(states[i, mask[i]], actions[i, mask[i]], env.configurations()[i])
-        for i in np.flatnonzero(success)
-    ]
-
-
-@pytest.mark.parametrize(
-    ("options", "noise"),
-    [({}, 0.0), ({"randomisation": "full"}, 0.2), ({"variant": "standin"}, 0.2)],
-)
-def test_demonstrations_of_one_half_succeed_retargeted_to_the_other(demonstrations, options, noise):
-    env = twins.make_env(num_envs=48, render=False, **options)
-    env.reset(seed=5, options={"region": "ood"})
-    tracker = Tracker(env, demonstrations)
-    tracker.begin()
-    success, _ = run(env, lambda: tracker.actions(noise)[1])
-    assert success.mean() >= 0.7
-
-
-def test_a_demonstration_retargeted_to_itself_passes_through_its_own_grasp(demonstrations):
-    shown = demonstrations[0]
-    plan = retarget(shown, shown.configuration, task.PickAndPlace())
-    grasp = int(np.flatnonzero(shown.gripper < 0.5)[0])
-    gates = np.flatnonzero(plan.gates)
-    np.testing.assert_allclose(plan.targets[gates[0]], shown.targets[grasp], atol=1e-12)
-    np.testing.assert_allclose(plan.turns[gates[0]], shown.turns[grasp], atol=1e-12)
-    assert plan.gripper[gates].tolist() == [1.0, 0.0, 0.0, 1.0]
-
-
-def test_a_demonstration_without_a_grasp_is_refused(demonstrations):
-    broken = demonstrations[0]._replace(gripper=np.ones(len(demonstrations[0].gripper)))
-    with pytest.raises(ValueError, match="never grasps"):
-        retarget(broken, broken.configuration, task.PickAndPlace())
-
-
 def _yellow(images):
     red, green, blue = np.moveaxis(images.astype(int), -1, 0)
     return ((red > 90) & (green > 70) & (blue < 0.5 * green)).sum(axis=(1, 2))
@@ -232,3 +195,151 @@ def _centre_column(image):
     red, green, blue = np.moveaxis(image.astype(int), -1, 0)
     _, columns = np.nonzero((blue < 0.35 * red) & (blue < 0.45 * green))
     return columns.mean() if len(columns) else np.nan
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_configuration_repeats_an_episode_bit_for_bit_from_json_text(name):
+    env = twins.make_env(name, 4, image_size=16, randomisation="full")
+    env.reset(seed=9, options={"region": "all"})
+    text = json.dumps(env.configurations())
+    first = [env.step_chunk(env.expert(noise=0.2)[:, None]) for _ in range(25)]
+    actions = np.concatenate([step.action for step in first], axis=1)
+    # Elsewhere: other environments around it, other draws before, another default of randomisation.
+    other = twins.make_env(name, 5, image_size=16, variant="standin")
+    other.reset(seed=1)
+    given = [None, *json.loads(text)]
+    other.reset(options={"configurations": given})
+    assert json.dumps(other.configurations()[1:]) == text
+    padded = np.concatenate([np.zeros((1, 25, 7), np.float32), actions])
+    for k, one in enumerate(first):
+        again = other.step_chunk(padded[:, k : k + 1])
+        for part in (
+            "states",
+            "privileged",
+            "reward",
+            "success",
+            "terminated",
+            "truncated",
+            "mask",
+        ):
+            np.testing.assert_array_equal(getattr(again, part)[1:], getattr(one, part), part)
+        for key, value in one.observation.items():
+            np.testing.assert_array_equal(again.observation[key][1:], value, key)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_change_is_drawn_recorded_scaled_and_switched(name):
+    """Of each change alone: at 0 it is nominal, at 0.5 within half the range, and the others stay nominal."""
+    parts = {
+        "poses": lambda c: [c[thing.name] for thing in make_task(name).things],
+        "joints": lambda c: c["joints"],
+        "light": lambda c: [c["draw"]["light"], *c["draw"]["lamp"]],
+        "camera": lambda c: list(c["draw"]["cameras"].values()),
+        "colour": lambda c: list(c["draw"]["colours"].values()),
+    }
+    of_draw = set(randomise.CHANGES) - set(parts)
+    parts |= {key: lambda c, key=key: c["draw"][key] for key in of_draw}
+    assert set(parts) == set(randomise.CHANGES)
+
+    def spread(scales, part):
+        env = twins.make_env(name, 48, render=False, randomisation=scales)
+        env.reset(seed=3)
+        values = np.array([np.ravel(parts[part](c)) for c in env.configurations()])
+        return np.ptp(values, axis=0).max()
+
+    off = dict.fromkeys(randomise.CHANGES, 0.0)
+    for change in randomise.CHANGES:
+        if change == "latency":  # whole steps: half of the range is 0 or 1
+            assert (
+                spread(off | {change: 0.5}, change) == 1
+                and spread(off | {change: 1.0}, change) == 2
+            )
+            continue
+        full, half = spread(off | {change: 1.0}, change), spread(off | {change: 0.5}, change)
+        assert full > 0 and half <= 0.8 * full, change
+        assert spread(off, change) == 0, change
+    everything = twins.make_env(name, 1, render=False, randomisation=off | {"mass": 1.0})
+    everything.reset(seed=3)
+    draw = everything.configurations()[0]["draw"]
+    assert {**draw, "mass": 1.0, "colours": {}} == {
+        key: value for key, value in randomise.TWIN.items() if key != "thing_colours"
+    } | {"colours": {}}
+
+
+def test_a_narrower_range_of_a_task_is_taken():
+    scales = randomise.scales("full", {"action_noise": 0.5})
+    assert scales["action_noise"] == 0.5 and scales["mass"] == 1.0
+    assert randomise.scales({"action_noise": 0.5}, {"action_noise": 0.5})["action_noise"] == 0.25
+
+
+@pytest.fixture
+def example(tmp_path, monkeypatch):
+    """The document's example as an installed package with an entry point; its source."""
+    text = (Path(__file__).parent.parent / "docs/tasks.md").read_text()
+    (source,) = (
+        b for b in re.findall(r"```python\n(.*?)```", text, re.S) if "class CubeOnPlate" in b
+    )
+    (entry,) = re.findall(r"```toml\n(.*?)```", text, re.S)
+    group, name, target = re.search(r'"(.+)"\]\n(\S+) = "(.+)"', entry).groups()
+    module = target.partition(":")[0]
+    path = tmp_path / (module.replace(".", "/") + ".py")
+    path.parent.mkdir(parents=True)
+    path.write_text(source)
+    info = tmp_path / "my_tasks-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-tasks\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[{group}]\n{name} = {target}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield name
+    for loaded in [each for each in sys.modules if each.split(".")[0] == module.split(".")[0]]:
+        del sys.modules[loaded]
+
+
+def test_the_documented_example_is_a_task_of_another_package(example):
+    assert example in task_names() and example not in TASKS
+    for options in ({}, {"randomisation": "full"}):
+        env = twins.make_env(example, 32, render=False, **options)
+        env.reset(seed=4, options={"region": "all"})
+        success, _ = run(env, env.expert)
+        assert success.mean() >= 0.95
+    images, _, labels = labelled_scenes(
+        twins.make_env(example, 1, image_size=16), 40, np.random.default_rng(0)
+    )
+    assert images["side"].shape == (40, 16, 16, 3)
+    assert 0.1 < (labels[:, env.privileged_names.index("held")] > 0.5).mean() < 0.6
+
+
+def test_the_documented_example_runs_on_tensors(example):
+    torch = pytest.importorskip("torch")
+    env = twins.make_env(example, 3, render=False)
+    env.reset(seed=0)
+    one, now = env.task, env.snapshot()
+
+    def tensor(array):
+        given = torch.as_tensor(array)
+        return given.float() if given.is_floating_point() else given
+
+    there = type(now)(
+        *({k: tensor(v) for k, v in p.items()} if isinstance(p, dict) else tensor(p) for p in now)
+    )
+    target, turn = env.targets()
+    ours, theirs = one.expert(now, target, turn), one.expert(there, tensor(target), tensor(turn))
+    np.testing.assert_allclose(theirs.numpy(), ours, atol=1e-5)
+    np.testing.assert_allclose(one.privileged(there).numpy(), one.privileged(now), atol=1e-6)
+    assert not one.success(there, torch.ones(3)).any() and not one.lost(there).any()
+
+
+def test_the_documented_example_cannot_be_faked(example):
+    env = twins.make_env(example, 2, render=False)
+    everyone = np.arange(2)
+    for height, sideways, gripper, good in (
+        (0.0, 0.0, 1.0, True),
+        (0.1, 0.0, 1.0, False),
+        (0.0, 0.08, 1.0, False),
+        (0.0, 0.0, 0.0, False),
+    ):
+        env.reset(seed=0)
+        place = env.snapshot().position["plate"] + env.task.finish.position
+        place = place + np.array([sideways, 0.0, height])
+        env.simulation.place(everyone, "cube", place, np.tile(np.eye(3), (2, 1, 1)))
+        assert (env.step_chunk(_idle(gripper)).success == good).all(), (height, sideways, gripper)
