@@ -24,7 +24,7 @@ demo: setup  ## run the main job: twins, Redis, learner, weights and a simulated
 test: setup  ## run the test suite
 	@$(BIN)/python -m pytest $(ARGS)
 
-long: setup  ## longer checks in resumable parts: 100,000 fuzzed requests, kill -9 for minutes, five seeds of the demo
+long: setup  ## longer checks in resumable parts: 100,000 fuzzed requests, kill -9 for minutes, 2,000 resets, five seeds of the demo
 	@VENV="$(VENV)" scripts/long.sh $(ARGS)
 
 lint: setup  ## formatting, lint and import rules; changes nothing
