@@ -39,7 +39,7 @@ from typing import Any, NamedTuple
 
 from benchmarks._others import Others
 from benchmarks.replay import machine
-from benchmarks.replay_bench.processes import PEERS, Worker
+from benchmarks.replay_bench.processes import PEERS, Worker, built
 
 Row = dict[str, Any]
 ROOT = Path(__file__).resolve().parent.parent
@@ -303,7 +303,7 @@ def async_vector(rounds: Rounds) -> list[Row]:
 def gym_hil(rounds: Rounds) -> list[Row]:
     """gym-hil with its images of 128 pixels, in its own environment."""
     python = GYM_HIL / "venv" / "bin" / "python"
-    if not python.exists():
+    if not built("gym_hil"):
         print("gym_hil: left out, its environment is not built: make peers", flush=True)
         return []
     with tempfile.TemporaryDirectory(prefix="envs-") as folder:

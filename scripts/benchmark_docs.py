@@ -78,7 +78,7 @@ Written by `scripts/benchmark_docs.py` from `benchmarks/results/`: measure again
 | `python -m benchmarks.codecs` | image codecs: [codecs](codecs.md) | `codecs.json` |
 | `python -m benchmarks.envs` | environments beside bare physics and tracing, and beside other fleets | `envs.json` |
 
-Each takes `--quick` (within two minutes) and `--json FILE`; `make bench` runs the quick forms of all. The replay's peers
+Each takes `--quick` (some minutes at most) and `--json FILE`; `make bench` runs the quick forms of all. The replay's peers
 run in environments of their own: `make peers` builds them (1.4 GB); without them their rows are left out. One group of
 rows at a time: `--rows at_once,disk`; with `--resume`, groups that FILE has already are not measured again.
 """

@@ -40,7 +40,7 @@ def make_env(
     weights to the task's dense terms, beside {"success": 1.0}. `region` is where resets draw from unless they say
     otherwise, one of the task's or of `regions`, {name: {thing: {"x": [low, high], "y": ..., "yaw": ...}}}.
     `device` ("cpu" or "cuda") traces the images, and is where everything happens with the backend "mujoco-warp";
-    `threads` are the physics'. `render=False` leaves images out.
+    `threads` are the physics' and the CPU tracer's. `render=False` leaves images out.
     `options` go to the backend; one that brings its own tasks decides about their reward, regions and randomisation
     itself. `cameras` are the task's when absent. `python` is the interpreter in which the simulator runs, as a
     process of its own; `options["worker"]` says more about that process, or where one was started by hand

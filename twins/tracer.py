@@ -59,6 +59,13 @@ class Tracer:
             list(self._pool.map(work, range(len(self._blocks))))
         return dict(zip(self.cameras, images, strict=True))
 
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+            del self._blocks[1:]
+
 
 class _Scene:
     """What all worlds share."""

@@ -250,4 +250,6 @@ class MujocoSimulation:
         return self._renderer.render(self._poses, self._looks, ids)
 
     def close(self) -> None:
-        """Nothing is held that the garbage collector would not free."""
+        """End the tracer's threads; all else the garbage collector frees."""
+        if isinstance(self._renderer, tracer.Tracer):
+            self._renderer.close()
