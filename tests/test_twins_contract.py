@@ -49,6 +49,10 @@ def spoil_picture(env: Any) -> None:
     env._fleet._envs[1].unwrapped.wind[:] = np.inf
 
 
+def kill_process(env: Any) -> None:
+    os.kill(env._fleet._env.processes[1].pid, signal.SIGKILL)
+
+
 def kill_worker(env: Any) -> None:
     os.kill(getattr(env, "simulation", env).pid, signal.SIGKILL)
 
@@ -77,7 +81,12 @@ CASES = [
         breaks=spoil_mujoco,
     ),
     Case("cartpole", partial(make, **CARTPOLE), breaks=spoil_cartpole),
-    Case("cartpole in processes", partial(make, **CARTPOLE, options={"vectorization": "async"})),
+    Case(
+        "cartpole in processes",
+        partial(make, **CARTPOLE, options={"vectorization": "async"}),
+        breaks=kill_process,
+        lost_together=True,
+    ),
     Case("cartpole vectorised", partial(make, **CARTPOLE, options={"vectorization": "vector"})),
     Case("pendulum", partial(make, task="Pendulum-v1", backend="gymnasium")),
     Case("acrobot", partial(make, task="Acrobot-v1", backend="gymnasium")),

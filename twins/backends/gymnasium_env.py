@@ -36,7 +36,6 @@ OPTIONS = {
     "regions": "{region: options of reset}; default: {id: {}}",
     "control_hz": "control steps a second; default: the metadata's render_fps, or 10",
 }
-SUCCESS_KEYS = ("is_success", "success", "succeed")  # of info, as environments call it
 UNLIMITED = 1000  # control steps, where neither the environment nor the caller sets a limit
 BROKEN = (
     10  # episodes in a row that fail at their first step: not bad luck but a broken environment
@@ -106,7 +105,7 @@ class GymnasiumEnv(gymnasium.vector.VectorEnv if _VECTOR else object):
             options.get("control_hz") or self._fleet.metadata.get("render_fps") or 10.0
         )
         self.instruction = instruction or task
-        self._succeeded = Success(options.get("success"), registered.reward_threshold)
+        self._succeeded = mapping.Success(options.get("success"), registered.reward_threshold)
         self.spec = EnvSpec(
             state_names=self.state_names,
             privileged_names=self.privileged_names,
@@ -418,26 +417,3 @@ class GymnasiumEnv(gymnasium.vector.VectorEnv if _VECTOR else object):
         if not self.closed:
             self.closed = True
             self._fleet.close()
-
-
-class Success:
-    """Success as the environment says in its info, or by an episode's return, which is known at its end only."""
-
-    def __init__(self, rule: dict[str, Any] | None, threshold: float | None) -> None:
-        """`rule` is {info: key} or {return: number}; without one, SUCCESS_KEYS and then `threshold` decide."""
-        keys: Sequence[Any] = SUCCESS_KEYS
-        if rule is not None:
-            if len(rule) != 1 or not {"info", "return"}.issuperset(rule):
-                raise ValueError(
-                    f"success is {rule!r}, must be {{info: key}} or {{return: number}}"
-                )
-            keys = [rule["info"]] if "info" in rule else []
-            threshold = float(rule["return"]) if "return" in rule else None
-        self._keys, self._threshold = keys, threshold
-
-    def __call__(self, info: dict[str, Any], total: float, ended: bool) -> bool:
-        """`total` is the sum of the rewards so far."""
-        for key in self._keys:
-            if key in info:
-                return bool(info[key])
-        return bool(ended and self._threshold is not None and total >= self._threshold)

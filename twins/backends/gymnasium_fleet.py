@@ -12,10 +12,11 @@ Python 3.8 and any gymnasium from 0.29 on.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
-from typing import Any, NamedTuple, Sequence
+from typing import Any, Callable, NamedTuple, Sequence
 
 import gymnasium
 import numpy as np
@@ -116,8 +117,12 @@ def _processes(spec: Any, count: int, arguments: dict[str, Any]) -> Together:
         )
     from gymnasium.vector import AsyncVectorEnv, AutoresetMode
 
-    make = _Maker(spec, arguments)
-    return Together(AsyncVectorEnv([make] * count, autoreset_mode=AutoresetMode.DISABLED), DISABLED)
+    one = _Maker(spec, arguments)
+
+    def make() -> Any:
+        return AsyncVectorEnv([one] * count, autoreset_mode=AutoresetMode.DISABLED)
+
+    return Together(make(), DISABLED, make)
 
 
 class _Maker:
@@ -250,8 +255,11 @@ class Together:
     All step at once, so those that have ended go on meanwhile, with actions that mean nothing and answers nobody reads.
     """
 
-    def __init__(self, env: Any, mode: str | None = None) -> None:
-        self._env, self._mode = env, mode or autoreset_mode(env)
+    def __init__(
+        self, env: Any, mode: str | None = None, make: Callable[[], Any] | None = None
+    ) -> None:
+        """`make()` gives another one like `env`, for the reset after it failed; without it a failure is an error."""
+        self._env, self._mode, self._make = env, mode or autoreset_mode(env), make
         self.count = env.num_envs
         self.observation_space = env.single_observation_space
         self.action_space = env.single_action_space
@@ -265,6 +273,9 @@ class Together:
         self, ids: Sequence[int], seeds: Sequence[int], options: Sequence[dict[str, Any]]
     ) -> list[Raw]:
         """The first observations of new episodes of `ids`."""
+        if self._env is None:
+            self._env, self._begun = self._make(), False
+            self._ended[:] = False
         if not self._begun:
             self._env.reset(seed=[0] * self.count)
             self._begun = True
@@ -293,7 +304,15 @@ class Together:
         every = [self.neutral] * self.count
         for i, action in zip(ids, actions):
             every[i] = action
-        answer = self._env.step(_batch(every, self.action_space))
+        try:
+            answer = self._env.step(_batch(every, self.action_space))
+        except (
+            Exception
+        ) as error:  # one of its processes died, or told of what its environment raised
+            if self._make is None:
+                raise
+            self.close()
+            return [Raw(None, error=error) for _ in ids]
         self._ended = np.logical_or(answer[2], answer[3])
         return [_answer(answer, i, self._mode) for i in ids]
 
@@ -304,7 +323,10 @@ class Together:
 
     def close(self) -> None:
         """Close all."""
-        self._env.close()
+        env, self._env = self._env, None
+        if env is not None:
+            with contextlib.suppress(OSError, EOFError):  # to processes that are gone
+                env.close(**({"terminate": True} if hasattr(env, "processes") else {}))
 
 
 def _batch(actions: Sequence[Any], space: Any) -> np.ndarray:

@@ -16,6 +16,7 @@ from twinrl.env import ACTION_DIM
 
 WHOLE = "observation"  # key of an observation that is no dictionary
 GRIPPER = 6  # the seam's seventh number, 0 closed to 1 open
+SUCCESS_KEYS = ("is_success", "success", "succeed")  # of info, as environments call it
 RENDER = "render"  # camera that is the environment's render()
 COUNTED = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
@@ -224,6 +225,29 @@ class Actions:
     def neutral(self) -> Any:
         """An action for an environment whose results nobody looks at."""
         return self(np.zeros((1, ACTION_DIM), np.float32)).own[0]
+
+
+class Success:
+    """Success as the environment says in its info, or by an episode's return, which is known at its end only."""
+
+    def __init__(self, rule: dict[str, Any] | None, threshold: float | None) -> None:
+        """`rule` is {info: key} or {return: number}; without one, SUCCESS_KEYS and then `threshold` decide."""
+        keys: Sequence[Any] = SUCCESS_KEYS
+        if rule is not None:
+            if len(rule) != 1 or not {"info", "return"}.issuperset(rule):
+                raise ValueError(
+                    f"success is {rule!r}, must be {{info: key}} or {{return: number}}"
+                )
+            keys = [rule["info"]] if "info" in rule else []
+            threshold = float(rule["return"]) if "return" in rule else None
+        self._keys, self._threshold = keys, threshold
+
+    def __call__(self, info: dict[str, Any], total: float, ended: bool) -> bool:
+        """`total` is the sum of the rewards so far."""
+        for key in self._keys:
+            if key in info:
+                return bool(info[key])
+        return bool(ended and self._threshold is not None and total >= self._threshold)
 
 
 def _at(raw: Any, path: str) -> Any:
