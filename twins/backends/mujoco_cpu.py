@@ -122,8 +122,7 @@ class MujocoSimulation:
         """See the contract."""
         self.batch.reset(ids, stage=int(mujoco.mjtStage.mjSTAGE_NONE))
         draws = [configuration["draw"] for configuration in configurations]
-        for i, draw in zip(ids, draws, strict=True):
-            self._set_physics(i, draw)
+        self._set_physics(ids, draws)
         if self._renderer is not None:
             self._set_looks(ids, draws)
         joints = kinematics.HOME + np.array([c["joints"] for c in configurations])
@@ -160,18 +159,24 @@ class MujocoSimulation:
         _, at = self._free[thing]
         self.qvel[ids, at : at + 3] = velocity
 
-    def _set_physics(self, i: int, draw: dict[str, Any]) -> None:
+    def _set_physics(self, ids: np.ndarray, draws: list[dict[str, Any]]) -> None:
         model = self.model
-        self._friction[i] = model.geom_friction
-        self._friction[i, :, 0] *= draw["friction"]
-        self._gain[i], self._bias[i] = model.actuator_gainprm, model.actuator_biasprm
-        self._gain[i, ARM] *= draw["servo"]
-        self._bias[i, ARM] *= draw["servo"]
-        if self._weighed[i] != draw["mass"]:
-            self._weighed[i] = draw["mass"]
-            self._mass[i, self._heavy] = model.body_mass[self._heavy] * draw["mass"]
-            self._inertia[i, self._heavy] = model.body_inertia[self._heavy] * draw["mass"]
-            self.batch.set_const([i])
+        friction, servo, mass = (
+            np.array([draw[name] for draw in draws]) for name in ("friction", "servo", "mass")
+        )
+        self._friction[ids] = model.geom_friction
+        self._friction[ids, :, 0] *= friction[:, None]
+        self._gain[ids], self._bias[ids] = model.actuator_gainprm, model.actuator_biasprm
+        self._gain[ids, ARM] *= servo[:, None, None]
+        self._bias[ids, ARM] *= servo[:, None, None]
+        changed = self._weighed[ids] != mass  # constants are derived again only where they differ
+        if changed.any():
+            rows, factor = ids[changed], mass[changed, None]
+            self._weighed[rows] = mass[changed]
+            heavy = rows[:, None], self._heavy
+            self._mass[heavy] = model.body_mass[self._heavy] * factor
+            self._inertia[heavy] = model.body_inertia[self._heavy] * factor[..., None]
+            self.batch.set_const(rows)
 
     def _set_looks(self, ids: np.ndarray, draws: list[dict[str, Any]]) -> None:
         model, looks = self.model, self._looks
