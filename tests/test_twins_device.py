@@ -356,6 +356,25 @@ def test_resets_take_no_more_memory():
     assert resident() - before < 8
 
 
+def test_what_is_hidden_is_hidden_as_on_the_cpu():
+    settings = {"image_size": 64, "cameras": ("side",), "seed": 3}
+    ours = on_device("erase-whiteboard", 2, render=True, **settings)
+    theirs = make_env("erase-whiteboard", 2, **settings)
+    (before, _), _ = ours.reset(), theirs.reset()
+    shapes = [
+        shape.name for thing in ours.task.things if thing.name == "ink" for shape in thing.shapes
+    ]
+    gone = np.array([True, False])
+    ours.simulation.hide({name: torch.from_numpy(gone) for name in shapes})
+    theirs.simulation.hide(np.arange(2), {name: gone for name in shapes})
+    images = {"side": torch.zeros(2, 64, 64, 3, dtype=torch.uint8)}
+    ours.simulation.images(images, torch.ones(2, dtype=torch.bool))
+    seen, expected = images["side"].numpy(), theirs.simulation.images(np.arange(2))["side"]
+    assert difference(seen, expected).mean() < 0.1
+    first = before[IMAGE_PREFIX + "side"]
+    assert difference(seen[0], first[0]).max() > 50 and (seen[1] == first[1]).all()
+
+
 @pytest.mark.parametrize(("device", "says"), [("cuda:99", "cuda:99"), ("tpu", "not one of")])
 def test_a_device_that_is_not_there(device, says):
     with pytest.raises(ValueError, match=says):

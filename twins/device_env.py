@@ -140,7 +140,7 @@ class DeviceTwinEnv(TwinEnv):
         if not chunk or tuple(actions.shape) != (count, chunk, ACTION_DIM):
             shape = tuple(actions.shape)
             raise ValueError(f"actions are {shape}, expected ({count}, C, {ACTION_DIM})")
-        actions = torch.as_tensor(actions, dtype=torch.float32).to(self.device)
+        actions = torch.as_tensor(actions, dtype=torch.float32).detach().to(self.device)
         finite = torch.isfinite(actions).flatten(1).all(dim=1)
         begun = ~self._ended
         if self.tensors:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import mujoco
 import numpy as np
 import warp as wp
+from array_api_compat import array_namespace
 
 from twins import arm, control, device_kernels, kinematics, rotation, scene
 from twins.device_draws import PER_WORLD, ConfigurationArrays, Layout
@@ -125,6 +126,9 @@ class DeviceWorlds:
         )
         self._place, self._place_turn = wp.to_torch(data.mocap_pos), wp.to_torch(data.mocap_quat)
         self._found = wp.to_torch(data.sensordata)
+        self._shapes: dict[
+            tuple[str, ...], Array
+        ] = {}  # geoms that have been hidden, by their names
         self._fields = {name: wp.to_torch(getattr(self._model, name)) for name in PER_WORLD}
         self._moving = data.qpos, data.qvel, data.qacc_warmstart
         self._safe = [wp.clone(array) for array in self._moving]
@@ -331,9 +335,17 @@ class DeviceWorlds:
 
     def hide(self, hidden: dict[str, Array]) -> None:
         """{shape name: (N,) bool}: shapes that images no longer show, or show again."""
-        for name, gone in hidden.items():
-            alpha = self._fields["geom_rgba"][:, self.model.geom(name).id, 3]
-            alpha.copy_(~gone)
+        if not hidden:
+            return
+        names = tuple(hidden)
+        if names not in self._shapes:
+            geoms = [self.model.geom(name).id for name in names]
+            with self.here():
+                self._shapes[names] = wp.to_torch(wp.array(geoms, dtype=wp.int64))
+        gone = array_namespace(*hidden.values()).stack(list(hidden.values()), axis=1)
+        # The tracer passes through what is fully transparent.
+        rgba = self._fields["geom_rgba"]
+        rgba[:, self._shapes[names], 3] = (~gone).to(rgba.dtype)
 
     def images(self, into: dict[str, Array], seen: Array, ids: np.ndarray | None = None) -> None:
         """Write images of those simulations that `seen` (N,) bool names to `into` {camera: (N, H, W, 3) uint8}.
