@@ -18,6 +18,7 @@ WHOLE = "observation"  # key of an observation that is no dictionary
 GRIPPER = 6  # the seam's seventh number, 0 closed to 1 open
 SUCCESS_KEYS = ("is_success", "success", "succeed")  # of info, as environments call it
 RENDER = "render"  # camera that is the environment's render()
+NOTHING = np.zeros(0, np.float32)
 COUNTED = (spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
@@ -69,9 +70,15 @@ class Numbers:
                 self._parts.append((path, leaf))
         self.keys = [path for path, _ in self._parts]
         self.names = tuple(name for path, leaf in self._parts for name in _names(path, leaf))
+        self._counted = any(isinstance(leaf, COUNTED) for _, leaf in self._parts)
 
     def __call__(self, raw: Any) -> np.ndarray:
         """(S,) float32 of one environment's observation."""
+        if len(self._parts) <= 1 and not (self.names and self._counted):  # most environments
+            found = _at(raw, self._parts[0][0]) if self._parts else NOTHING
+            found = np.asarray(found).reshape(-1)
+            if found.dtype == np.float32:
+                return found
         parts = []
         for path, leaf in self._parts:
             value = _at(raw, path)
