@@ -366,7 +366,7 @@ def test_what_is_hidden_is_hidden_as_on_the_cpu():
     ]
     gone = np.array([True, False])
     ours.simulation.hide({name: torch.from_numpy(gone) for name in shapes})
-    theirs.simulation.hide(np.arange(2), {name: gone for name in shapes})
+    theirs.simulation.hide(np.arange(2), dict.fromkeys(shapes, gone))
     images = {"side": torch.zeros(2, 64, 64, 3, dtype=torch.uint8)}
     ours.simulation.images(images, torch.ones(2, dtype=torch.bool))
     seen, expected = images["side"].numpy(), theirs.simulation.images(np.arange(2))["side"]
