@@ -333,7 +333,7 @@ def _policy(
 
     def actor(large: Any) -> Callable[..., np.ndarray]:
         # The same episode runs a second time, with the policy's own cameras and size: what it does there is shown.
-        seen = {"image_size": config.task.image_size, "cameras": tuple(config.task.cameras)}
+        seen = {"image_size": config.task.image_size, "cameras": config.task.cameras}
         small = make(**(options | seen))
         waiting: list[np.ndarray] = []
         state: dict[str, Any] = {"configuration": None, "observation": None}
