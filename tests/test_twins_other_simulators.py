@@ -263,6 +263,11 @@ def test_one_environment_on_a_cpu_without_images():
     env.close()
 
 
+def test_newtons_c_mujoco_steps_one_world():
+    with pytest.raises(ValueError, match="use_mujoco_cpu steps one world, not 2"):
+        find_backend("newton").load()(make_task("pick-and-place"), 2, use_mujoco_cpu=True)
+
+
 def test_wrong_counts_cameras_and_descriptions_are_told(make):
     with pytest.raises(ValueError, match="count is 0"):
         make(count=0)
