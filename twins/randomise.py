@@ -37,7 +37,7 @@ PRESETS = {
 MAX_LATENCY = 2  # control steps between a command and its execution
 FRICTION, MASS, SERVO, LIGHT = (0.5, 1.3), (0.5, 3.0), (0.6, 1.2), (0.35, 0.8)
 CAMERA_SHIFT = {"side": 0.03, "wrist": 0.01}  # m; the wrist camera is bolted on
-CAMERA_TURN = np.radians(3.0)
+CAMERA_TURN = math.radians(3.0)
 STATE_NOISE = 0.004  # m, standard deviation of a measured tool position
 ACTION_NOISE = 0.003  # m, standard deviation of an unseen disturbance of each commanded step
 LAMP_TILT = 0.25
@@ -130,37 +130,45 @@ def draw(
         centres[thing.name] = offered[i % len(offered)]
         ranges[thing.name] = thing.colour_range
 
-    def within(name: str, low: float, high: float, centre: float) -> float:
-        return float(centre + scale[name] * (rng.uniform(low, high) - centre))
-
-    def ball(radius: float) -> np.ndarray:
-        direction = rng.normal(size=3)
-        return direction * (radius * rng.uniform() / math.sqrt(direction @ direction))
+    # Plain numbers from few calls: thousands of environments on a GPU end and are drawn anew all the time.
+    def ball(radius: float) -> list[float]:
+        x, y, z = rng.standard_normal(3).tolist()
+        length = radius * rng.random() / math.sqrt(x * x + y * y + z * z)
+        return [x * length, y * length, z * length]
 
     longest = round(MAX_LATENCY * scale["latency"])
-    lag = int(rng.uniform() * (longest + 1))
-    cameras = {
-        name: np.asarray(nominal["cameras"][name])
-        + scale["camera"] * np.concatenate([ball(CAMERA_SHIFT[name]), ball(CAMERA_TURN)])
-        for name in scene.CAMERAS
-    }
+    lag = int(rng.random() * (longest + 1))
+    cameras = {}
+    for name in scene.CAMERAS:
+        offsets = ball(CAMERA_SHIFT[name]) + ball(CAMERA_TURN)
+        centre = nominal["cameras"][name]
+        cameras[name] = [
+            c + scale["camera"] * moved for c, moved in zip(centre, offsets, strict=True)
+        ]
+    numbers = iter(rng.random(3 * len(ranges) + 8).tolist())
+
+    def uniform(low: float, high: float) -> float:
+        return low + (high - low) * next(numbers)
+
+    def within(name: str, low: float, high: float, centre: float) -> float:
+        return centre + scale[name] * (uniform(low, high) - centre)
+
     colours = {
-        name: np.asarray(centres[name]) + scale["colour"] * rng.uniform(-reach, reach, size=3)
+        name: [c + scale["colour"] * uniform(-reach, reach) for c in centres[name]]
         for name, reach in ranges.items()
     }
     # Masses are drawn on a logarithmic scale: half as heavy is as likely as twice as heavy.
-    mass = float(np.exp(within("mass", *np.log(MASS), centre=np.log(nominal["mass"]))))
+    lightest, heaviest = np.log(MASS).tolist()
+    mass = within("mass", lightest, heaviest, centre=float(np.log(nominal["mass"])))
     return {
         "latency": lag if scale["latency"] else nominal["latency"],
         "friction": within("friction", *FRICTION, nominal["friction"]),
-        "mass": mass,
+        "mass": float(np.exp(mass)),
         "servo": within("servo", *SERVO, nominal["servo"]),
         "light": within("light", *LIGHT, nominal["light"]),
-        "lamp": [
-            float(c + scale["light"] * LAMP_TILT * rng.uniform(-1, 1)) for c in nominal["lamp"]
-        ],
-        "cameras": {name: offset.tolist() for name, offset in cameras.items()},
-        "colours": {name: offset.tolist() for name, offset in colours.items()},
+        "lamp": [c + scale["light"] * LAMP_TILT * uniform(-1, 1) for c in nominal["lamp"]],
+        "cameras": cameras,
+        "colours": colours,
         "state_noise": within("state_noise", 0.0, STATE_NOISE, nominal["state_noise"]),
         "action_noise": within("action_noise", 0.0, ACTION_NOISE, nominal["action_noise"]),
     }
