@@ -69,7 +69,7 @@ class Size(NamedTuple):
     patience: float = 20.0  # s that a round may wait for a quiet moment
 
 
-QUICK = Size(3, ((64, 16), (512, 3)), ((64, 16, 5), (128, 8, 3)), (128, 12), (64, 576), 64, 2.0)
+QUICK = Size(3, ((64, 16), (512, 3)), ((64, 64, 3), (128, 32, 2)), (128, 12), (64, 576), 64, 2.0)
 QUICK = QUICK._replace(actor=(32, 8), crowds=(1, 2), cuda=(256, 1024), patience=0.0)
 TINY = Size(1, ((8, 4),), ((64, 4, 2),), (8, 4), (8, 40), 8, 0.3, (8, 2), (1,), (4,), 0.0)
 
