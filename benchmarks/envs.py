@@ -51,20 +51,14 @@ class Size(NamedTuple):
 
     rounds: int = 5
     counts: tuple[tuple[int, int], ...] = ((64, 80), (512, 24), (2048, 8))  # environments, steps
-    images: tuple[tuple[int, int, int], ...] = (
-        (64, 64, 12),
-        (128, 32, 8),
-    )  # px, environments, steps
+    # Pixels, environments, steps.
+    images: tuple[tuple[int, int, int], ...] = ((64, 128, 8), (128, 64, 6))
     randomised: tuple[int, int] = (512, 24)
     memory: tuple[int, int] = (256, 2304)  # environments
     fleet: int = 256  # environments of a process, where processes are measured
     seconds: float = 6.0  # of a phase of a process
     actor: tuple[int, int] = (128, 16)  # environments, chunks
-    crowds: tuple[int, ...] = (
-        1,
-        2,
-        4,
-    )  # processes of a peer for each core, of which the best counts
+    crowds: tuple[int, ...] = (1, 2, 4)  # a peer's processes for each core; the best counts
     cuda: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192)
     patience: float = 20.0  # s that a round may wait for a quiet moment
 
