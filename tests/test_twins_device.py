@@ -347,10 +347,10 @@ def test_resets_take_no_more_memory():
         gc.collect()
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB
 
-    for _ in range(30):
+    for _ in range(20):
         env.reset()
     before = resident()
-    for _ in range(60):
+    for _ in range(40):
         env.reset()
         env.step_chunk(rest(2))
     assert resident() - before < 8

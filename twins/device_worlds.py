@@ -321,9 +321,7 @@ class DeviceWorlds:
         flat = [np.asarray(ids, np.float64), *columns.values()]
         flat = [np.asarray(value, np.float32).reshape(count, -1) for value in flat]
         packed = np.concatenate(flat, axis=1)
-        # Not waited for: the copy reads pageable memory, which CUDA stages before it returns.
-        with self.here():
-            there = wp.to_torch(wp.array(packed, dtype=wp.float32))
+        there = self.qpos.new_tensor(packed)  # torch's own memory, which it keeps for its stream
         rows, values, at = there[:, 0].long(), {}, 1
         for (name, value), part in zip(columns.items(), flat[1:], strict=True):
             width = part.shape[1]
@@ -340,8 +338,7 @@ class DeviceWorlds:
         names = tuple(hidden)
         if names not in self._shapes:
             geoms = [self.model.geom(name).id for name in names]
-            with self.here():
-                self._shapes[names] = wp.to_torch(wp.array(geoms, dtype=wp.int64))
+            self._shapes[names] = self.qpos.new_tensor(geoms).long()
         gone = array_namespace(*hidden.values()).stack(list(hidden.values()), axis=1)
         # The tracer passes through what is fully transparent.
         rgba = self._fields["geom_rgba"]
