@@ -35,7 +35,9 @@ def measure(count: int, px: int, seconds: float, device: str = "cuda") -> Callab
     for _ in range(3):  # graphs are recorded, kernels loaded
         env.step(actions)
 
-    def run() -> dict[str, float]:
+    name = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+
+    def run() -> dict[str, Any]:
         wp.synchronize_device(device)
         start, steps = time.perf_counter(), 0
         while time.perf_counter() - start < seconds:
@@ -43,6 +45,6 @@ def measure(count: int, px: int, seconds: float, device: str = "cuda") -> Callab
                 env.step(actions)
             wp.synchronize_device(device)
             steps += 2
-        return {"env_per_s": count * steps / (time.perf_counter() - start)}
+        return {"env_per_s": count * steps / (time.perf_counter() - start), "device": name}
 
     return run

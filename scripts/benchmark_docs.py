@@ -77,6 +77,7 @@ Written by `scripts/benchmark_docs.py` from `benchmarks/results/`: measure again
 | `python -m benchmarks.weights` | weights from the learner to actors and over slow links | `weights.json` |
 | `python -m benchmarks.codecs` | image codecs: [codecs](codecs.md) | `codecs.json` |
 | `python -m benchmarks.envs` | environments beside bare physics and tracing, and beside other fleets | `envs.json` |
+| `python -m benchmarks.envs --device cuda` | the same environments on a GPU | `envs_cuda.json` |
 
 Each takes `--quick` (some minutes at most) and `--json FILE`; `make bench` runs the quick forms of all. The replay's peers
 run in environments of their own: `make peers` builds them (1.4 GB); without them their rows are left out. One group of
@@ -171,7 +172,9 @@ def page() -> str:
         parts += _table(
             [(f.key, f.text, f.goal, f"`--rows {f.rows}`") for f in envs.FIGURES], found
         )
-        parts += _device(found)
+    device = _load("envs_cuda")
+    if device:
+        parts += ["", "### On a GPU\n", *_environment(device), *_device(device)]
     parts += ["", METHOD, *([ENVS_METHOD] if found else []), *_missed()]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -247,18 +250,11 @@ def _table(lines: list[tuple[str, str, str, str]], report: dict[str, Any]) -> li
 
 
 def _device(report: dict[str, Any]) -> list[str]:
-    """Control steps a second on a GPU, where they were measured."""
+    """Control steps a second on a GPU."""
     rows = [row for row in report["rows"] if row["rows"] == "cuda"]
-    if not rows:
-        return []
     sizes, counts = (sorted({row[key] for row in rows}) for key in ("px", "envs"))
     titles = [f"two images of {px} px" if px else "without images" for px in sizes]
-    out = [
-        "",
-        f"| environments on one GPU ({rows[0].get('device', 'CUDA')}) | "
-        + " | ".join(titles)
-        + " |",
-    ]
+    out = [f"| environments on one {rows[0]['device']} | " + " | ".join(titles) + " |"]
     out.append("| ---: |" + " ---: |" * len(sizes))
     for count in counts:
         keys = [f"cuda_per_s_{count}_{px}px" for px in sizes]
