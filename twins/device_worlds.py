@@ -31,7 +31,7 @@ FARTHEST, FASTEST = 10.0, 1000.0  # m or rad, m/s or rad/s: beyond these a simul
 GRAPH_STEPS = (
     10  # physics steps in a graph, which a control step replays SUBSTEPS / GRAPH_STEPS times
 )
-# Room for each environment. The tasks' experts were seen to need 19 contacts, in the mean, and 104 constraints.
+# Room for each environment. The tasks' experts were seen to need 19 contacts, in the mean, and 140 constraints.
 CONTACTS, CONSTRAINTS = 48, 256
 # What makes a step wrong. The solver's limits of iterations are not among these: C MuJoCo has the same.
 OVERFLOWS = (
