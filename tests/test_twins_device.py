@@ -218,6 +218,7 @@ def test_too_little_room_for_constraints_ends_only_those_that_needed_more(caplog
     assert invalid.tolist() == [True, False, False]
     assert "environments [0] needed up to" in caplog.text and "constraints" in caplog.text
     assert env.simulation.usage_waiting().constraints > 24
+    assert env.simulation.stats()["room/constraints"] > 1 > env.simulation.stats()["room/contacts"]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -272,6 +272,14 @@ class DeviceWorlds:
         mean = float(contacts) / self.count
         return Usage(mean, self.contacts_room, int(constraints), self.constraints_room)
 
+    def stats(self) -> dict[str, float]:
+        """How full the room for contacts and constraints was at most, as shares. Waits for the device."""
+        usage = self.usage_waiting()
+        return {
+            "room/contacts": usage.contacts / usage.contacts_room,
+            "room/constraints": usage.constraints / usage.constraints_room,
+        }
+
     def check_waiting(self) -> None:
         """Raise `TooManyContacts` if environments crowded each other out since the last check. Waits for the device.
 
