@@ -24,6 +24,7 @@ SAMPLED_CHUNK = 2  # control steps between two observations of random play
 WAIT_FOR_WEIGHTS = (
     120.0  # s; a learner that publishes nothing for so long is reported, not waited for
 )
+TELL_SECONDS = 30.0  # between two events about simulations that failed
 
 
 class TwinActor:
@@ -64,6 +65,8 @@ class TwinActor:
         self._steps = self._episodes = 0
         # Episodes whose simulation diverged or died, and their segments that were dropped whole.
         self._invalid = self._void_segments = 0
+        self._told = -TELL_SECONDS
+        self._env: Env | None = None
         self._recent: dict[str, list[bool]] = {"id": [], "ood": []}
         self._clock, self._clock_steps, self._lag = time.monotonic(), 0, 0
         self._waited = 0.0
@@ -108,6 +111,7 @@ class TwinActor:
             if results:
                 data[f"env/success_{region}"] = float(np.mean(results[-200:]))
         data.update(self._writer.stats())
+        data.update(getattr(self._env, "stats", dict)())
         return data
 
     def demonstrate(self, episodes: int, noise: float, **env_options: Any) -> tuple[int, int]:
@@ -235,10 +239,11 @@ class TwinActor:
         # One generator a task, so that what is drawn does not depend on what ran before.
         self._rng = np.random.default_rng([self._seed, *doing.encode()])
         env = self._make_env(num_envs, seed=int(self._rng.integers(2**31)), **env_options)
+        self._env = env
         try:
             yield env
         finally:
-            self._doing = "idle"
+            self._doing, self._env = "idle", None
             env.close()
 
     def _segmenter(self, env: Env, source: str) -> Segmenter:
@@ -294,12 +299,27 @@ class TwinActor:
         observation = step.observation
         if done.any():
             if step.invalid is not None and step.invalid.any():
-                self._invalid += int(step.invalid.sum())
-                self._void_segments += segmenter.drop(step.invalid)
+                self._drop(segmenter, step.invalid)
             segmenter.cut(done)
             observation, _ = env.reset(options={"reset_mask": done, "region": region})
             segmenter.begin(observation, done)
         return observation, int(step.mask.sum())
+
+    def _drop(self, segmenter: Segmenter, invalid: np.ndarray) -> None:
+        """Drop what was not sent of the episodes in `invalid` (N,), and say so."""
+        episodes, segments = int(invalid.sum()), segmenter.drop(invalid)
+        self._invalid += episodes
+        self._void_segments += segments
+        text = (
+            f"{episodes} of {len(invalid)} simulations failed; their episodes are void, "
+            f"{segments} unfinished segments were dropped"
+        )
+        now = time.monotonic()
+        if (
+            now - self._told > TELL_SECONDS
+        ):  # a simulator that fails all the time is told of now and then
+            self._told = now
+            self._reporter.event("warning", text)
 
     def _adopt(self, weights: Weights) -> None:
         weights.verify()

@@ -459,6 +459,10 @@ class TwinEnv(VectorEnv):
         actions[:, :6] += spread * self._noise_rng.normal(size=(self.num_envs, 6))
         return clip_action(actions)
 
+    def stats(self) -> dict[str, float]:
+        """What the simulator tells of itself: of one in another process, restarts and the border's cost."""
+        return getattr(self.simulation, "stats", dict)()
+
     def close_extras(self, **kwargs: Any) -> None:
         """Free the simulator."""
         self.simulation.close()

@@ -176,6 +176,12 @@ const STATUS = { running: "good", silent: "warn", crashed: "bad", ended: "wait" 
 const MAIN = { actor: "env/steps_per_s", learner: "learner/updates_per_s", replay: "replay/inserts_per_s" };
 const UNITS = { actor: "steps/s", learner: "updates/s", replay: "in/s" };
 
+// Episodes whose simulation failed, and simulators that were started again.
+function lost({ data }) {
+  const episodes = data["env/invalid_episodes"], restarts = data["worker/restarts"];
+  return [episodes ? `${number(episodes)} void` : "", restarts ? `${number(restarts)} restarts` : ""].filter(Boolean).join(" · ");
+}
+
 export function drawProcesses(node, store) {
   const rows = store.processes.map((p) => {
     const figure = p.data[MAIN[p.role]];
@@ -186,7 +192,7 @@ export function drawProcesses(node, store) {
       element("td", { class: "muted" }, `${p.host ?? ""} · ${p.pid ?? ""}`),
       element("td", { class: "muted" }, p.status === "running" ? "" : ago(p.age)),
       element("td", { class: "num", title: waits ? waits[1] : p.data["replay/promise"] ?? "" },
-        [figure === undefined ? "" : `${number(figure)} ${UNITS[p.role]}`, waits ? "waits" : ""].filter(Boolean).join(" · ")));
+        [figure === undefined ? "" : `${number(figure)} ${UNITS[p.role]}`, lost(p), waits ? "waits" : ""].filter(Boolean).join(" · ")));
   });
   const head = element("tr", {}, ...["State", "Process", "Host · pid", "", ""].map((text) => element("th", {}, text)));
   node.replaceChildren(head, ...rows);
