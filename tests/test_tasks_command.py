@@ -43,6 +43,13 @@ def frames(path):
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
+def assert_same_video(first, second):
+    """The pictures that went in are the same; an encoder with threads does not always make the same bytes of them."""
+    one, other = np.array(frames(first), int), np.array(frames(second), int)
+    assert one.shape == other.shape
+    assert np.abs(one - other).mean() < 1.0 and np.abs(np.diff(one, axis=0)).mean() > 0.1
+
+
 def test_tasks_lists_all_of_them_for_people_and_for_programs():
     told = twinrl("tasks")
     rows = json.loads(twinrl("tasks", "--json"))
@@ -82,7 +89,8 @@ def test_play_writes_a_video_and_the_configurations_that_repeat_it(tmp_path):
     assert [line for line in told.splitlines() if "episode" in line] == [
         line for line in again.splitlines() if "episode" in line
     ]
-    assert (tmp_path / "again.mp4").read_bytes() == (tmp_path / "x.mp4").read_bytes()
+    assert json.loads((tmp_path / "again.json").read_text()) == configurations
+    assert_same_video(tmp_path / "again.mp4", tmp_path / "x.mp4")
 
 
 def test_play_takes_what_replay_show_prints(tmp_path):
@@ -116,7 +124,7 @@ def test_chance_plays_too_and_the_same_seed_plays_the_same(tmp_path):
     first = play(tmp_path, *words, task="insert-triple-column-block")
     assert "no success after 100 of 100 steps" in first
     play(tmp_path, *words, task="insert-triple-column-block", name="y.mp4")
-    assert (tmp_path / "x.mp4").read_bytes() == (tmp_path / "y.mp4").read_bytes()
+    assert_same_video(tmp_path / "x.mp4", tmp_path / "y.mp4")
     assert frames(tmp_path / "x.mp4")[0].shape[1] == SIZE
 
 
