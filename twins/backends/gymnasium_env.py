@@ -360,7 +360,8 @@ class GymnasiumEnv(gymnasium.vector.VectorEnv if _VECTOR else object):
         if problem is None:
             state, privileged = self._state(raw.observation), self._privileged(raw.observation)
             # A sum in float64 is finite just if every float32 is, and quicker than looking at each.
-            total = state.sum(dtype=np.float64) + privileged.sum(dtype=np.float64) + raw.reward
+            total = abs(raw.reward) + np.abs(state).sum(dtype=np.float64)
+            total += np.abs(privileged).sum(dtype=np.float64)
             if not np.isfinite(total):
                 numbers = {"state": state, "privileged state": privileged, "reward": raw.reward}
                 broken = [name for name, value in numbers.items() if not np.isfinite(value).all()]
