@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 from functools import cached_property
@@ -112,11 +113,12 @@ class Cluster:
         def reporter(role: str) -> Any:
             return factories.reporter_factory(topology["metrics"], keys, role)
 
+        of_learner, of_twin = gpu_shares(config, int(ray.cluster_resources().get("GPU", 0)))
         self.learner = self._actor(
             RayLearner,
             "learner",
             num_cpus=1,
-            num_gpus=_gpus(config),
+            num_gpus=of_learner,
             max_concurrency=3,
             policy_config=policy_config,
             instruction=job["instruction"],
@@ -134,6 +136,7 @@ class Cluster:
                 f"twin-{i}",
                 f"twin-{i}",
                 num_cpus=1,
+                num_gpus=of_twin,
                 max_concurrency=3,
                 seed=config.seed * 1000 + i,
                 task=config.task.name,
@@ -212,7 +215,20 @@ class _RemoteInference:
         return ray.get(self._actor.infer.remote(observation, instruction, explore), timeout=30)
 
 
-def _gpus(config: Config) -> float:
-    if config.learner.device == "cpu":
-        return 0
-    return 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
+def gpu_shares(config: Config, gpus: int) -> tuple[float, float]:
+    """What the learner and each twin actor get of `gpus` GPUs.
+
+    Ray hides every GPU from an actor that asks for none. A share below 1 lies on one GPU, so actors are dealt out to whole
+    ones; a single GPU is halved between learner and twins.
+    """
+    learner = 1.0 if gpus and config.learner.device != "cpu" else 0.0
+    if config.twins.device == "cpu":
+        return learner, 0.0
+    if not gpus:
+        raise ConfigError(
+            f"twins.device is {config.twins.device!r}, and the cluster has no GPU; set twins.device=cpu"
+        )
+    if learner and gpus == 1:
+        return 0.5, math.floor(0.5 / config.twins.actors * 1e4) / 1e4
+    on_one = math.ceil(config.twins.actors / (gpus - int(learner)))
+    return learner, math.floor(1e4 / on_one) / 1e4

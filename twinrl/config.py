@@ -176,7 +176,11 @@ class TwinsConfig(Section):
         "full",
         description="domain randomisation in stage 2: none, full, or the scale of each change from 0 to 1",
     )
-    device: str = Field("cpu", description="renderer: cpu or cuda")
+    device: str = Field(
+        "cpu",
+        description="cpu or cuda: where images are traced, and with backend mujoco-warp everything is computed; "
+        "with cuda each twin actor gets a share of the cluster's GPUs",
+    )
 
 
 class DemonstrationsConfig(Section):
