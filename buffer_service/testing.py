@@ -117,7 +117,8 @@ class ServiceProcess:
     def kill_redis(self) -> None:
         """End its Redis as a power cut would."""
         pid = int((self.run_dir / "redis" / "redis.pid").read_text())
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # dead already, and not yet started again
+            os.kill(pid, signal.SIGKILL)
         wait_until(lambda: not runs(pid), 5, "the end of Redis")
 
     def stop(self) -> int:
