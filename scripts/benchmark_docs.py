@@ -65,6 +65,11 @@ REASONS: dict[str, str] = {
         "what else is in the difference was not looked into."
     ),
     "p99_vs_p50_64": "As above; see `p99_vs_p50_64_copies`.",
+    "two_process_scaling": (
+        "The two processes share nothing but the machine, and its two virtual cores do not keep one speed: the same ratio "
+        "with images is 1.92 in this run, and a shorter repetition without images gave 2.07 (1.95 to 2.07), with images 1.65 "
+        "(1.65 to 2.08). Bare `mujoco.batch.Batch` of the same scene in two processes scattered from 1.98 to 2.33."
+    ),
 }
 HEAD = """# Benchmarks
 
