@@ -179,7 +179,7 @@ const UNITS = { actor: "steps/s", learner: "updates/s", replay: "in/s" };
 // Episodes whose simulation failed, and simulators that were started again.
 function lost({ data }) {
   const episodes = data["env/invalid_episodes"], restarts = data["worker/restarts"];
-  return [episodes ? `${number(episodes)} void` : "", restarts ? `${number(restarts)} restarts` : ""].filter(Boolean).join(" · ");
+  return [episodes ? `${number(episodes)} void` : "", restarts ? `restarted ${number(restarts)}x` : ""].filter(Boolean).join(" · ");
 }
 
 export function drawProcesses(node, store) {
