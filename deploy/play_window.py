@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
 
 from twinrl.core.errors import ConfigError, TwinRLError
+
+CLOSE_SECONDS = 5.0  # that the viewer may take to close
 
 
 def show(
@@ -35,11 +39,16 @@ def show(
     act = actor(env)
     simulation = env.simulation
     model, data = simulation.model, mujoco.MjData(simulation.model)
+    before = set(threading.enumerate())
     try:
         viewer = launch_passive(model, data)
     except RuntimeError as error:
         raise TwinRLError(f"MuJoCo's viewer does not start: {error}") from None
-    with viewer:
+    drawing = set(threading.enumerate()) - before
+    with contextlib.ExitStack() as stack:
+        # The viewer draws in a daemon thread: Python must not end under it.
+        stack.callback(lambda: [thread.join(CLOSE_SECONDS) for thread in drawing])
+        stack.enter_context(viewer)
         for number, start in enumerate(starts):
             options: dict[str, Any] = {} if start is None else {"configurations": [start]}
             observation, _ = env.reset(
