@@ -41,7 +41,7 @@ def show(
     model, data = simulation.model, mujoco.MjData(simulation.model)
     before = set(threading.enumerate())
     try:
-        viewer = launch_passive(model, data)
+        viewer = launch_passive(model, data, show_left_ui=False, show_right_ui=False)
     except RuntimeError as error:
         raise TwinRLError(f"MuJoCo's viewer does not start: {error}") from None
     drawing = set(threading.enumerate()) - before
@@ -49,6 +49,8 @@ def show(
         # The viewer draws in a daemon thread: Python must not end under it.
         stack.callback(lambda: [thread.join(CLOSE_SECONDS) for thread in drawing])
         stack.enter_context(viewer)
+        viewer.cam.lookat, viewer.cam.distance = (0.45, 0.0, 0.15), 1.6  # m
+        viewer.cam.azimuth, viewer.cam.elevation = 150.0, -30.0  # degrees
         for number, start in enumerate(starts):
             options: dict[str, Any] = {} if start is None else {"configurations": [start]}
             observation, _ = env.reset(

@@ -7,6 +7,7 @@ import sys
 import types
 
 import av
+import mujoco
 import numpy as np
 import pytest
 from PIL import Image
@@ -221,6 +222,7 @@ class Viewer:
 
     def __init__(self, model, data):
         self.model, self.data, self.shown = model, data, []
+        self.cam = mujoco.MjvCamera()
 
     def __enter__(self):
         return self
@@ -242,7 +244,7 @@ class Viewer:
 def test_a_window_shows_the_arm_the_things_and_what_is_wiped(monkeypatch):
     viewers = []
 
-    def launch_passive(model, data):
+    def launch_passive(model, data, *, show_left_ui, show_right_ui):
         viewers.append(Viewer(model, data))
         return viewers[0]
 
