@@ -315,9 +315,8 @@ class TwinActor:
             f"{segments} unfinished segments were dropped"
         )
         now = time.monotonic()
-        if (
-            now - self._told > TELL_SECONDS
-        ):  # a simulator that fails all the time is told of now and then
+        # A simulator that fails all the time is told of now and then.
+        if now - self._told > TELL_SECONDS:
             self._told = now
             self._reporter.event("warning", text)
 

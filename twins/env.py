@@ -363,7 +363,7 @@ class TwinEnv(VectorEnv):
         good = _sound(now)
         if not good.all():
             self._fail(ids[~good], "its simulation diverged")
-            ids, actions, now = ids[good], actions[good], _rows(now, good)
+            ids, actions, now = ids[good], actions[good], now.rows(good)
         for name, value in self.task.remember(now).items():
             self._memory[name][ids] = value
             now.memory[name] = value
@@ -488,18 +488,6 @@ def _sound(now: Snapshot) -> np.ndarray:
     for turn in now.turn.values():
         good &= np.isfinite(turn).all(axis=(1, 2))
     return good
-
-
-def _rows(now: Snapshot, mask: np.ndarray) -> Snapshot:
-    """The snapshot of those simulations that `mask` (n,) names."""
-    return Snapshot(
-        *(
-            {name: value[mask] for name, value in part.items()}
-            if isinstance(part, dict)
-            else part[mask]
-            for part in now
-        )
-    )
 
 
 def _broken(actions: np.ndarray) -> list[int]:

@@ -19,3 +19,14 @@ class Snapshot(NamedTuple):
     velocity: dict[str, Array]  # {thing: (n, 6)} linear, angular; of free things
     contact: dict[tuple[str, str], Array]  # {pair: (n,) bool} of the task's `contacts`
     memory: dict[str, Array]  # {name: (n, ...)}, what the task remembers of the episode
+
+    def rows(self, mask: Array) -> Snapshot:
+        """The snapshot of those simulations that `mask` (n,) names."""
+        return Snapshot(
+            *(
+                {name: value[mask] for name, value in part.items()}
+                if isinstance(part, dict)
+                else part[mask]
+                for part in self
+            )
+        )
