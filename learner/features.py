@@ -8,42 +8,40 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from policies.vla import VLA
+from policies.policy import Policy
 from twinrl.env import STATE, image_key
 
 
 @torch.no_grad()
 def encode(
-    policy: VLA,
+    policy: Policy,
     observation: Mapping[str, np.ndarray],
     instruction: str | Sequence[str],
     batch: int = 128,
 ) -> Tensor:
-    """Observation arrays (N, ...) -> features (N, F) float32 without gradient, `batch` rows at a time."""
+    """Observation arrays (N, ...) -> features (N, ...) float32 without gradient, `batch` rows at a time."""
     keys = (STATE, *map(image_key, policy.cameras))
     rows = len(observation[STATE])
     same = isinstance(instruction, str)
     parts = []
     for start in range(0, rows, batch):
         part = slice(start, start + batch)
-        tensors = {
-            key: torch.as_tensor(np.ascontiguousarray(observation[key][part])) for key in keys
-        }
+        tensors = policy.to_tensors({key: observation[key][part] for key in keys})
         parts.append(policy.encode(tensors, instruction if same else instruction[part]))
-    return torch.cat(parts) if parts else torch.zeros(0, policy.feature_dim)
+    return torch.cat(parts) if parts else torch.zeros(0, *policy.feature_shape)
 
 
 class FeatureCache:
     """Features by observation id: an observation that is drawn many times is encoded once.
 
-    Holds while the encoder stays as it is; `clear` it otherwise. Memory: F floats an observation.
+    Holds while the encoder stays as it is; `clear` it otherwise. Memory: the features of one observation each.
     """
 
-    def __init__(self, policy: VLA, instruction: str, capacity: int = 200_000) -> None:
+    def __init__(self, policy: Policy, instruction: str, capacity: int = 200_000) -> None:
         self.policy = policy
         self.instruction = instruction
         self._row: dict[int, int] = {}
-        self._table = torch.zeros(1024, policy.feature_dim)
+        self._table = torch.zeros(1024, *policy.feature_shape)
         self._capacity = capacity
         self._hits = self._misses = 0
 
@@ -52,7 +50,7 @@ class FeatureCache:
         self._row.clear()
 
     def lookup(self, batch: Mapping[str, np.ndarray], prefix: str = "") -> Tensor:
-        """Features (B, F) of a batch's observations (`prefix` "" or "next.").
+        """Features (B, ...) of a batch's observations (`prefix` "" or "next.").
 
         `<prefix>observation.id` (B,) int64 names them; without that key all are encoded.
         """

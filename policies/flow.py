@@ -7,10 +7,11 @@ openpi and LeRobot checkpoints mirror it (t = 1 is noise).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from policies.layers import fourier, mlp
 
@@ -19,15 +20,17 @@ BAND_STEPS = 10
 TIME_FEATURES = 8
 
 
-class FlowHead(nn.Module):
-    """Velocity v(features, x, t) and the noise head that makes integration a stochastic policy.
+class FlowExpert(nn.Module):
+    """The mathematics of a flow policy; a subclass brings the network.
 
-    `features` (B, F), `x` (B, D) a normalised chunk, D = C * 7, `t` (B, 1) in [0, 1].
+    Shapes: B rows, D = C * A numbers of a normalised chunk, S points of a row that are evaluated at once (integration
+    steps of a stored path, or draws of a loss), `features` (B, ...) what the policy's encoder gives.
+
+    A subclass implements `condition`, `field` and `summary`, and sets `summary_dim` before it calls
+    `super().__init__()`'s noise head into being.
     """
 
-    def __init__(
-        self, features: int, dim: int, hidden: int = 256, layers: int = 3, noisy_steps: int = 0
-    ) -> None:
+    def __init__(self, dim: int, summary_dim: int, noisy_steps: int = 0) -> None:
         """`noisy_steps`: how many of the last integration steps add noise; 0 for all, as in PPOFlow.
 
         Later steps contract the noise of earlier ones, so that their likelihood says little about the action: with
@@ -35,30 +38,41 @@ class FlowHead(nn.Module):
         """
         super().__init__()
         self.dim = dim
+        self.summary_dim = summary_dim
         self.noisy_steps = noisy_steps
-        # The first layer is split, so that K integration steps project the features once.
-        self.condition = nn.Linear(features, hidden)
-        self.point = nn.Linear(dim + TIME_FEATURES, hidden, bias=False)
-        self.body = nn.Sequential(
-            nn.LayerNorm(hidden), nn.GELU(), mlp(hidden, hidden, dim, layers - 1)
-        )
-        self.noise = mlp(features + TIME_FEATURES, 64, dim, 1)
+        self.noise = mlp(summary_dim + TIME_FEATURES, 64, dim, 1)
         nn.init.zeros_(self.noise[-1].weight)
         nn.init.zeros_(self.noise[-1].bias)
         self.register_buffer("log_std_band", torch.tensor(LOG_STD_BAND))
 
+    # -- what a subclass brings ----------------------------------------------------------------------------
+
+    def condition(self, features: Tensor) -> Any:
+        """What K integration steps share, computed once: a projection, or the prefix's keys and values."""
+        raise NotImplementedError
+
+    def field(self, condition: Any, x: Tensor, t: Tensor) -> Tensor:
+        """Velocity (B, S, D) at `x` (B, S, D) and `t` (B, S, 1) in [0, 1]."""
+        raise NotImplementedError
+
+    def summary(self, features: Tensor) -> Tensor:
+        """`features` (B, ...) as one vector (B, summary_dim), for noise head and critics."""
+        raise NotImplementedError
+
+    # -- the same for every network ------------------------------------------------------------------------
+
     def velocity(self, features: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Velocity (B, D)."""
+        """Velocity (B, D) at `x` (B, D) and `t` (B, 1)."""
         return self._velocity(self.condition(features), x, t)
 
-    def _velocity(self, condition: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        return self.body(condition + self.point(torch.cat([x, fourier(t)], dim=-1)))
+    def _velocity(self, condition: Any, x: Tensor, t: Tensor) -> Tensor:
+        return self.field(condition, x[:, None], t[:, None])[:, 0]
 
-    def log_std(self, features: Tensor, t: Tensor) -> Tensor:
-        """Log standard deviation (B, D) of the noise added in the integration step that starts at t."""
+    def log_std(self, summary: Tensor, t: Tensor) -> Tensor:
+        """Log standard deviation (..., D) of the noise added in the integration step that starts at t (..., 1)."""
         low, high = self.log_std_band
         return low + (high - low) * torch.sigmoid(
-            self.noise(torch.cat([features, fourier(t)], dim=-1))
+            self.noise(torch.cat([summary, fourier(t)], dim=-1))
         )
 
     def integrate(self, features: Tensor, noise: Tensor, steps: int) -> Tensor:
@@ -78,14 +92,15 @@ class FlowHead(nn.Module):
         """
         batch = len(features)
         condition = self.condition(features)
-        x = torch.randn(batch, self.dim, generator=generator)
+        summary = self.summary(features)
+        x = gaussian((batch, self.dim), features, generator)
         path, total = [x], x.new_zeros(batch)
         for k in range(steps):
             t = x.new_full((batch, 1), k / steps)
             x = x + self._velocity(condition, x, t) / steps
             if k >= self._quiet(steps):
-                log_std = self.log_std(features, t)
-                n = torch.randn(batch, self.dim, generator=generator)
+                log_std = self.log_std(summary, t)
+                n = gaussian((batch, self.dim), features, generator)
                 x = x + log_std.exp() * n
                 total = total + _log_density(n, log_std)
             path.append(x)
@@ -104,11 +119,11 @@ class FlowHead(nn.Module):
         for k in range(quiet):
             x = x + self._velocity(condition, x, x.new_full((batch, 1), k / steps)) / steps
         noisy = steps - quiet
-        t = torch.arange(quiet, steps, dtype=path.dtype) / steps
+        t = torch.arange(quiet, steps, dtype=path.dtype, device=path.device) / steps
         t = t.view(1, noisy, 1).expand(batch, -1, -1)
         start = torch.cat([x[:, None], path[:, quiet + 1 : -1]], dim=1)
-        mean = start + self._velocity(condition[:, None], start, t) / steps
-        log_std = self.log_std(features[:, None].expand(-1, noisy, -1), t)
+        mean = start + self.field(condition, start, t) / steps
+        log_std = self.log_std(self.summary(features)[:, None].expand(-1, noisy, -1), t)
         return _log_density((path[:, quiet + 1 :] - mean) / log_std.exp(), log_std).sum(1)
 
     def _quiet(self, steps: int) -> int:
@@ -128,16 +143,12 @@ class FlowHead(nn.Module):
         E || v(x_t, t) - (A - eps) ||^2, averaged over `draws` pairs (t, eps) per row: drawing again is far
         cheaper than another encoding. Unknown dimensions carry noise only and no loss.
         """
-        chunk = (chunk * mask).repeat(draws, 1)
-        t = torch.rand(len(chunk), 1, generator=generator)
-        eps = torch.randn(chunk.shape, generator=generator)
-        condition = self.condition(features).repeat(draws, 1)
-        predicted = self._velocity(condition, (1 - t) * eps + t * chunk, t)
-        error = (
-            functional.mse_loss(predicted, chunk - eps, reduction="none")
-            .view(draws, *mask.shape)
-            .mean(0)
-        )
+        chunk = (chunk * mask)[:, None]  # (B, 1, D)
+        batch = len(chunk)
+        t = _drawn(torch.rand, (batch, draws, 1), features, generator)
+        eps = gaussian((batch, draws, self.dim), features, generator)
+        predicted = self.field(self.condition(features), (1 - t) * eps + t * chunk, t)
+        error = (predicted - (chunk - eps)).square().mean(1)
         return (error * mask).sum(-1) / mask.sum(-1).clamp_min(1.0)
 
     @torch.no_grad()
@@ -179,3 +190,19 @@ class FlowHead(nn.Module):
 def _log_density(standard: Tensor, log_std: Tensor) -> Tensor:
     """Log density of a Gaussian at `standard` deviations from its mean, summed over the last axis."""
     return (-0.5 * standard.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+
+
+def gaussian(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal float32 numbers on the device of `like`, from a generator of any device."""
+    return _drawn(torch.randn, shape, like, generator)
+
+
+def _drawn(
+    draw: Callable[..., Tensor],
+    shape: tuple[int, ...],
+    like: Tensor,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Random float32 numbers on the device of `like`, from a generator of any device."""
+    device = generator.device if generator is not None else like.device
+    return draw(shape, generator=generator, device=device).to(like.device)

@@ -232,7 +232,7 @@ def test_chunk_targets_closed_form(policy):
         "terminated": np.array([0, 0, 0, 1, 0], bool),
         "truncated": np.array([0, 0, 1, 0, 0], bool),
     }
-    features = torch.zeros(5, policy.feature_dim)
+    features = torch.zeros(5, *policy.feature_shape)
     expected = [0.9**3 + 0.9**4 * 0.5, 0.45 + 0.81 * 0.5, 0.0, 1.0, 2.0]
     np.testing.assert_allclose(algorithm.targets(batch, features), expected, rtol=1e-5)
     through = ChunkQ(
@@ -281,7 +281,7 @@ def test_critics_fit_a_known_chain(policy):
 
 def test_steps_that_were_not_executed_do_not_reach_the_critic(policy):
     """Whatever a chunk holds beyond its mask, the value is the same."""
-    features = torch.randn(3, policy.feature_dim)
+    features = torch.randn(3, *policy.feature_shape)
     mask = torch.tensor([[1.0, 1, 0, 0]]).repeat(3, 1)
     chunk = torch.randn(3, C, 7)
     other = chunk.clone()

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from policies.flow import LOG_STD_BAND, FlowHead
+from policies.experts import MLPExpert
+from policies.flow import LOG_STD_BAND
 
 FEATURES, DIM, BATCH = 5, 28, 7
 
@@ -14,7 +15,7 @@ FEATURES, DIM, BATCH = 5, 28, 7
 @pytest.fixture
 def head():
     torch.manual_seed(0)
-    head = FlowHead(FEATURES, DIM, hidden=32)
+    head = MLPExpert(FEATURES, DIM, hidden=32)
     for parameter in head.noise.parameters():  # a noise head that depends on its input
         torch.nn.init.normal_(parameter, std=0.3)
     return head
@@ -110,7 +111,7 @@ def test_calibration_accepts_a_target(head, features):
 def test_matching_recovers_a_conditional_distribution():
     """Trained on two modes chosen by the feature, samples have each condition's mean and spread."""
     torch.manual_seed(0)
-    head = FlowHead(1, 2, hidden=64)
+    head = MLPExpert(1, 2, hidden=64)
     optimiser = torch.optim.Adam(head.parameters(), 3e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.02, 1000)
     generator = torch.Generator().manual_seed(5)

@@ -75,7 +75,7 @@ def test_the_pose_prediction_feeds_forward_without_gradient(policy, observation)
     """Imitation cannot bend the auxiliary head; pose labels can."""
     tensors = {key: torch.from_numpy(value) for key, value in observation.items()}
     features = policy.encode(tensors, "x")
-    assert features.shape == (N, policy.feature_dim)
+    assert features.shape == (N, *policy.feature_shape)
     features[:, policy.latent : policy.latent + policy.pose_dim].sum()
     policy.sample(features, torch.zeros(N, 28)).sum().backward()
     assert policy.pose[0].weight.grad is None
@@ -162,7 +162,7 @@ def test_a_bad_load_changes_nothing(policy):
     runner = PolicyRunner(CONFIG)
     before = published(runner.policy)
     good = published(policy)
-    name = "flow.condition.weight"
+    name = "flow.project.weight"
     bad = {
         "missing": {key: value for key, value in good.items() if key != name},
         "surplus": {**good, "extra": np.zeros(1, np.float32)},

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from learner.algorithms.sft import ImitationData
 from learner.features import FeatureCache
-from policies.vla import VLA
+from policies.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ChunkQ:
     """Trains the policy's chunk critics on any executed data, and its flow head on what is worth repeating."""
 
     def __init__(
-        self, policy: VLA, config: ChunkQConfig, cache: FeatureCache, seed: int = 0
+        self, policy: Policy, config: ChunkQConfig, cache: FeatureCache, seed: int = 0
     ) -> None:
         if policy.critic is None:
             raise ValueError("the policy was built without critics (critics=0)")
@@ -119,7 +119,7 @@ class ChunkQ:
         tiled = features.repeat_interleave(count, dim=0)
         chunks = self.policy.sample(tiled, generator=self._generator)
         members = torch.randperm(self.target.members, generator=self._generator)
-        values = self.target(tiled, chunks, chunks.new_ones(chunks.shape[:2]))
+        values = self.target(self.policy.summary(tiled), chunks, chunks.new_ones(chunks.shape[:2]))
         values = values[members[: self.config.target_members]].amin(0)
         return values.view(batch, count).amax(1)
 
@@ -128,7 +128,7 @@ class ChunkQ:
         y = self.targets(batch, self.cache.lookup(batch, "next."))
         chunk = policy.action_normaliser(torch.as_tensor(batch["action"], dtype=torch.float32))
         mask = torch.as_tensor(batch["step_mask"], dtype=torch.float32)
-        values = policy.critic(features, chunk, mask)  # (E, B)
+        values = policy.critic(policy.summary(features), chunk, mask)  # (E, B)
         loss = (values - y).square().mean(1).sum()
         self._critic_optimiser.zero_grad()
         loss.backward()

@@ -23,7 +23,7 @@ from learner.algorithms.sft import ImitationData
 from learner.features import encode
 from learner.rollout import Rollout, gae, rollout
 from policies.critic import StateValue
-from policies.vla import VLA
+from policies.policy import Policy
 from twinrl.core.segment import Segment
 
 
@@ -56,7 +56,7 @@ class PPOFlow:
 
     def __init__(
         self,
-        policy: VLA,
+        policy: Policy,
         config: PPOFlowConfig,
         privileged_dim: int,
         anchor: ImitationData | None = None,

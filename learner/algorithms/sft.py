@@ -15,8 +15,8 @@ from torch import nn
 
 from learner.dataset import Windows, source_probabilities
 from learner.features import encode
-from policies.flow import FlowHead
-from policies.vla import VLA
+from policies.flow import FlowExpert
+from policies.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,15 @@ class SFTConfig:
 class ImitationData:
     """Encoded windows, drawn by source: what flow-matching losses train on while the encoder is frozen."""
 
-    def __init__(self, policy: VLA, windows: Windows, shares: Mapping[str, float]) -> None:
+    def __init__(self, policy: Policy, windows: Windows, shares: Mapping[str, float]) -> None:
         self._shares = dict(shares)
         width = policy.chunk * windows.action.shape[-1]
-        self.features = torch.zeros(0, policy.feature_dim)  # (N, F)
+        self.features = torch.zeros(0, *policy.feature_shape)  # (N, ...)
         self.mask = self.chunk = torch.zeros(0, width)  # (N, D), chunks normalised
         self._source = np.zeros(0, np.int64)
         self.extend(policy, windows)
 
-    def extend(self, policy: VLA, windows: Windows) -> None:
+    def extend(self, policy: Policy, windows: Windows) -> None:
         """Add windows; only these are encoded."""
         features = encode(policy, windows.observation, windows.instruction)
         mask = torch.as_tensor(windows.mask)[..., None].expand(-1, -1, windows.action.shape[-1])
@@ -62,7 +62,7 @@ class ImitationData:
         return len(self.features)
 
     def loss(
-        self, flow: FlowHead, batch: int, draws: int, generator: torch.Generator
+        self, flow: FlowExpert, batch: int, draws: int, generator: torch.Generator
     ) -> torch.Tensor:
         """Mean flow-matching loss of `batch` drawn windows."""
         rows = torch.multinomial(self._probability, batch, replacement=True, generator=generator)
@@ -74,7 +74,7 @@ class ImitationData:
 class SFT:
     """Trains the flow head on windows with a frozen encoder."""
 
-    def __init__(self, policy: VLA, config: SFTConfig, windows: Windows, seed: int = 0) -> None:
+    def __init__(self, policy: Policy, config: SFTConfig, windows: Windows, seed: int = 0) -> None:
         """Fits the policy's view of the state to `windows`; its actions' scale is the caller's (fit_actions)."""
         self.policy, self.config, self.step = policy, config, 0
         policy.fit_states(windows.state)
