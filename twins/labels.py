@@ -35,11 +35,13 @@ def labelled_scenes(
     count: int,
     rng: np.random.Generator,
     appearance: dict[str, float] | str = APPEARANCE,
+    looks: np.random.Generator | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """`count` random scenes of `env`'s task, seen by its cameras; `env` itself is left as it is.
 
     Returns images {camera: (n, H, W, 3) uint8}, `observation.state` (n, S) and `privileged.state` (n, P), both
-    float32. `appearance` scales what differs in looks, as in `twins.randomise`.
+    float32. `appearance` scales what differs in looks, as in `twins.randomise`. `looks` draws that, `rng` when absent:
+    with the same `rng` and other `looks`, the same scenes look different.
     """
     task, copies = env.task, min(COPIES, count)
     world = MujocoSimulation(task, copies, cameras=env.cameras, image_size=env.image_size)
@@ -48,6 +50,7 @@ def labelled_scenes(
     states = np.empty((count, env.state_dim), np.float32)
     labels = np.empty((count, env.privileged_dim), np.float32)
     scales, nominal = randomise.scales(appearance), randomise.VARIANTS[env.variant]
+    looks = looks or rng
     for start in range(0, count, copies):
         ids = np.arange(min(copies, count - start))
         rows = slice(start, start + len(ids))
@@ -55,7 +58,7 @@ def labelled_scenes(
             {
                 **regions.draw(rng, task, env.regions[("id", "ood")[rng.integers(2)]]),
                 "joints": [0.0] * kinematics.JOINTS,
-                "draw": randomise.draw(rng, scales, nominal, task.things),
+                "draw": randomise.draw(looks, scales, nominal, task.things),
             }
             for _ in ids
         ]
