@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from policies.layers import fourier, mlp
+from policies.streams import Streams
 
 LOG_STD_BAND = (-2.5, -2.0)  # PPOFlow's noise head, at K = 10
 BAND_STEPS = 10
 TIME_FEATURES = 8
+BETA_POWER, BETA_RANGE = 1.5, 0.999  # of the times that pi0 trains on
 
 
 class FlowExpert(nn.Module):
@@ -137,19 +139,42 @@ class FlowExpert(nn.Module):
         mask: Tensor,
         draws: int = 1,
         generator: torch.Generator | None = None,
+        time: str = "uniform",
+        points: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """Flow-matching error (B,) of normalised `chunk` (B, D); `mask` (B, D) marks the known dimensions.
 
         E || v(x_t, t) - (A - eps) ||^2, averaged over `draws` pairs (t, eps) per row: drawing again is far
-        cheaper than another encoding. Unknown dimensions carry noise only and no loss.
+        cheaper than another encoding. Unknown dimensions carry noise only and no loss. `time` says how t is drawn
+        (`matching_points`); `points` (t, eps) are taken instead of drawing, where a loss is to be the same again.
         """
         chunk = (chunk * mask)[:, None]  # (B, 1, D)
-        batch = len(chunk)
-        t = _drawn(torch.rand, (batch, draws, 1), features, generator)
-        eps = gaussian((batch, draws, self.dim), features, generator)
+        if points is None:
+            points = self.matching_points(features, draws, generator, time)
+        t, eps = points
         predicted = self.field(self.condition(features), (1 - t) * eps + t * chunk, t)
         error = (predicted - (chunk - eps)).square().mean(1)
         return (error * mask).sum(-1) / mask.sum(-1).clamp_min(1.0)
+
+    def matching_points(
+        self,
+        features: Tensor,
+        draws: int = 1,
+        generator: torch.Generator | None = None,
+        time: str = "uniform",
+    ) -> tuple[Tensor, Tensor]:
+        """`draws` times t (B, draws, 1) and noise eps (B, draws, D) for each row of `features`.
+
+        `time`: "uniform" in [0, 1), or "beta" as in pi0, more of the times near noise, where the field is hardest to
+        learn: t = 0.999 (1 - u), u ~ Beta(1.5, 1), which is pi0's 0.001 + 0.999 u where its t = 1 is noise.
+        """
+        batch = len(features)
+        t = _drawn(torch.rand, (batch, draws, 1), features, generator)
+        if time == "beta":
+            t = BETA_RANGE * (1 - t ** (1 / BETA_POWER))  # Beta(a, 1) has the quantile q^(1/a)
+        elif time != "uniform":
+            raise ValueError(f"time {time!r}: one of uniform, beta")
+        return t, gaussian((batch, draws, self.dim), features, generator)
 
     @torch.no_grad()
     def action_noise(self, features: Tensor, steps: int, generator: torch.Generator) -> float:
@@ -192,7 +217,9 @@ def _log_density(standard: Tensor, log_std: Tensor) -> Tensor:
     return (-0.5 * standard.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
 
 
-def gaussian(shape: tuple[int, ...], like: Tensor, generator: torch.Generator | None) -> Tensor:
+def gaussian(
+    shape: tuple[int, ...], like: Tensor, generator: torch.Generator | Streams | None
+) -> Tensor:
     """Standard normal float32 numbers on the device of `like`, from a generator of any device."""
     return _drawn(torch.randn, shape, like, generator)
 
@@ -201,8 +228,10 @@ def _drawn(
     draw: Callable[..., Tensor],
     shape: tuple[int, ...],
     like: Tensor,
-    generator: torch.Generator | None,
+    generator: torch.Generator | Streams | None,
 ) -> Tensor:
     """Random float32 numbers on the device of `like`, from a generator of any device."""
+    if isinstance(generator, Streams):
+        return generator.draw(draw, shape).to(like.device)
     device = generator.device if generator is not None else like.device
     return draw(shape, generator=generator, device=device).to(like.device)
