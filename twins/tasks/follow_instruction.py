@@ -18,7 +18,7 @@ from twins.errands import ERRAND, Errand, asked
 from twins.shapes import Shape, Thing
 from twins.tasks.task import GRIPPER, Array, Box, Finish, Grasp, Memory, Snapshot, down
 
-HALF, MASS = 0.021, 0.08  # m, half a block's side; kg
+HALF, HEIGHT, MASS = 0.022, 0.03, 0.1  # m, half a block's side and height; kg
 PAD, PAD_HEIGHT = 0.06, 0.001  # m, a pad's radius; it is paint, which nothing touches
 BLOCK_X, BLOCK_Y, YAW = (
     (0.37, 0.5),
@@ -30,9 +30,9 @@ PAD_X, PAD_Y = (0.58, 0.67), (-0.22, 0.22)  # m
 BLOCKS_APART, PADS_APART, APART = 0.11, 0.16, 0.12
 
 WELL_ON = 0.04  # m, of a block's middle from the pad's: all of the block is on the pad
-LYING = HALF + 0.006  # m, height of a block that lies on the table, and on nothing else
-HELD_WIDTH, HELD_REACH = (0.036, 0.048), 0.025  # m, between the fingertips, and from tcp to block
-HOVER, TRANSPORT, LOW = 0.09, 0.11, 0.004  # m: LOW over the table a block is let go
+LYING = HEIGHT + 0.006  # m, height of a block that lies on the table, and on nothing else
+HELD_WIDTH, HELD_REACH = (0.038, 0.05), 0.03  # m, between the fingertips, and from tcp to block
+HOVER, TRANSPORT, LOW = 0.09, 0.13, 0.004  # m: LOW over the table a block is let go
 ASIDE_X = 0.47  # m, up to where a wrong block is put down
 
 COLOURS = {"red": (0.85, 0.1, 0.1), "blue": (0.1, 0.25, 0.85)}
@@ -57,8 +57,8 @@ HELD_OUT_TEMPLATES = (
 
 def _block(colour: str) -> Thing:
     name = f"{colour}_block"
-    shape = Shape(name, "box", (HALF, HALF, HALF), mass=MASS, rgb=COLOURS[colour])
-    return Thing(name, (shape,), free=True, height=HALF, colour_range=0.06)
+    shape = Shape(name, "box", (HALF, HALF, HEIGHT), mass=MASS, rgb=COLOURS[colour])
+    return Thing(name, (shape,), free=True, height=HEIGHT, colour_range=0.06)
 
 
 def _pad(colour: str) -> Thing:
@@ -85,7 +85,7 @@ class FollowInstruction:
     things = (*map(_block, COLOURS), *map(_pad, PAD_COLOURS))
     grasped, goal = errands[0].grasped, errands[0].goal
     grasp = Grasp(width=2 * HALF, turns=4)
-    finish = Finish(position=(0.0, 0.0, HALF - PAD_HEIGHT / 2), spread=(0.015, 0.015))
+    finish = Finish(position=(0.0, 0.0, HEIGHT - PAD_HEIGHT / 2), spread=(0.015, 0.015))
     contacts = tuple((f"{colour}_block", GRIPPER) for colour in COLOURS)
     memory = {ERRAND: Memory((), "int32")}  # noqa: RUF012
     randomisation: dict[str, float] = {}  # noqa: RUF012
@@ -231,12 +231,11 @@ class FollowInstruction:
         place = xp.where(held[:, None], pad[:, :2], place)
         holding = xp.where(held[:, None], block, other)
         far = rotation.norm(holding[:, :2] - place)
-        level = HALF + LOW / 2 + xp.clip(8.0 * (far - 0.012), min=0.0, max=TRANSPORT - HALF)
-        sideways = target[:, :2] + raised * (place - holding[:, :2])
-        near = (far < 0.02)[:, None]
-        sideways = xp.where(near, target[:, :2] + (place - holding[:, :2]), sideways)
+        level = HEIGHT - LOW / 2 + xp.clip(5.0 * (far - 0.02), min=0.0, max=TRANSPORT - HEIGHT)
+        straight = xp.where((far < 0.03)[:, None], 1.0 + 0.0 * raised, raised)
+        sideways = target[:, :2] + straight * (place + (now.tcp - holding)[:, :2] - target[:, :2])
         carry = xp.concat([sideways, level[:, None]], axis=1)
-        release = (far < 0.02) & (holding[:, 2] < HALF + LOW)
+        release = (far < 0.03) & (holding[:, 2] < HEIGHT + LOW)
 
         taken = held | wrong
         leave = xp.concat([target[:, :2], 0.0 * off[:, None] + TRANSPORT + 0.02], axis=1)
