@@ -17,6 +17,7 @@ from policies.layers import fourier, mlp
 from policies.streams import Streams
 
 LOG_STD_BAND = (-2.5, -2.0)  # PPOFlow's noise head, at K = 10
+NOISES = ("head", "sde")
 BAND_STEPS = 10
 TIME_FEATURES = 8
 BETA_POWER, BETA_RANGE = 1.5, 0.999  # of the times that pi0 trains on
@@ -46,6 +47,8 @@ class FlowExpert(nn.Module):
         nn.init.zeros_(self.noise[-1].weight)
         nn.init.zeros_(self.noise[-1].bias)
         self.register_buffer("log_std_band", torch.tensor(LOG_STD_BAND))
+        # Flow-SDE's noise level; 0: the noise head speaks. Both are set by calibrate_noise and travel with the weights.
+        self.register_buffer("sde_noise", torch.tensor(0.0))
 
     # -- what a subclass brings ----------------------------------------------------------------------------
 
@@ -85,12 +88,34 @@ class FlowExpert(nn.Module):
             x = x + self._velocity(condition, x, x.new_full((len(x), 1), k / steps)) / steps
         return x
 
-    def sample_path(
-        self, features: Tensor, steps: int, generator: torch.Generator | None = None
+    def step(
+        self, condition: Any, summary: Tensor, x: Tensor, t: Tensor, steps: int
     ) -> tuple[Tensor, Tensor]:
-        """x_{k+1} = x_k + v / K + sigma * n -> path (B, K+1, D), log-probability (B,) given x_0.
+        """Mean and log standard deviation (B, S, D) of x_{k+1}, given x_k = `x` (B, S, D) at t = k / K (B, S, 1).
 
-        sigma = 0 in the first K - `noisy_steps` steps.
+        With the noise head (PPOFlow): mean x + v / K, and what `log_std` says. With `sde_noise` a > 0, Flow-SDE (pi_RL,
+        arXiv 2510.25889), the Euler-Maruyama step of the stochastic equation that has the marginals of dx = v dt:
+
+            dx = [v + sigma^2 / 2 * score] dt + sigma dw,   score = -(x - t v) / (1 - t),   sigma = a sqrt((1 - t) / t)
+
+        where x - t v is the flow's estimate of the noise in x. Any sigma keeps the marginals; this one calms down
+        towards the data, and t is taken as at least 1 / K, where sigma would be infinite.
+        """
+        velocity = self.field(condition, x, t)
+        if not self.sde_noise:
+            summary = summary[:, None].expand(-1, x.shape[1], -1)
+            return x + velocity / steps, self.log_std(summary, t)
+        late = t.clamp_min(1 / steps)
+        drift = velocity - self.sde_noise.square() / (2 * late) * (x - t * velocity)
+        log_std = self.sde_noise.log() + 0.5 * ((1 - t) / (late * steps)).log()
+        return x + drift / steps, log_std.expand_as(x)
+
+    def sample_path(
+        self, features: Tensor, steps: int, generator: torch.Generator | Streams | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x_{k+1} = mean + sigma * n, as `step` says -> path (B, K+1, D), log-probability (B,) given x_0.
+
+        sigma = 0 in the first K - `noisy_steps` steps, which integrate dx = v dt.
         """
         batch = len(features)
         condition = self.condition(features)
@@ -99,34 +124,41 @@ class FlowExpert(nn.Module):
         path, total = [x], x.new_zeros(batch)
         for k in range(steps):
             t = x.new_full((batch, 1), k / steps)
-            x = x + self._velocity(condition, x, t) / steps
-            if k >= self._quiet(steps):
-                log_std = self.log_std(summary, t)
+            if k < self._quiet(steps):
+                x = x + self._velocity(condition, x, t) / steps
+            else:
+                mean, log_std = self.step(condition, summary, x[:, None], t[:, None], steps)
                 n = gaussian((batch, self.dim), features, generator)
-                x = x + log_std.exp() * n
-                total = total + _log_density(n, log_std)
+                x = mean[:, 0] + log_std[:, 0].exp() * n
+                total = total + _log_density(n, log_std[:, 0]).sum(-1)
             path.append(x)
         return torch.stack(path, dim=1), total
 
-    def path_log_prob(self, features: Tensor, path: Tensor) -> Tensor:
-        """Sum over noisy k of log N(x_{k+1}; x_k + v / K, sigma^2) (B,) of `path` (B, K+1, D).
+    def path_log_prob(self, features: Tensor, path: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Sum over noisy k of log N(x_{k+1}; mean, sigma^2) (B,) of a raw `path` (B, K+1, D).
 
         Steps without noise are integrated again from x_0, with gradient: they are part of the mean. log N(x_0; 0, 1)
         is left out: it has no parameters, and cancels in a ratio for a stored x_0.
+
+        `mask` (B, D) leaves out numbers of the chunk that were never executed. Only at K = 1 are the numbers independent
+        given x_0; with more steps all of x_k moves all of x_{k+1}, and a mask is refused (ValueError).
         """
         batch, steps = path.shape[0], path.shape[1] - 1
+        if mask is not None and steps > 1:
+            raise ValueError(
+                f"a path of {steps} steps has no likelihood of a part of its chunk: mask at K = 1 only"
+            )
         quiet = self._quiet(steps)
         condition = self.condition(features)
         x = path[:, 0]
         for k in range(quiet):
             x = x + self._velocity(condition, x, x.new_full((batch, 1), k / steps)) / steps
-        noisy = steps - quiet
         t = torch.arange(quiet, steps, dtype=path.dtype, device=path.device) / steps
-        t = t.view(1, noisy, 1).expand(batch, -1, -1)
+        t = t.view(1, -1, 1).expand(batch, -1, -1)
         start = torch.cat([x[:, None], path[:, quiet + 1 : -1]], dim=1)
-        mean = start + self.field(condition, start, t) / steps
-        log_std = self.log_std(self.summary(features)[:, None].expand(-1, noisy, -1), t)
-        return _log_density((path[:, quiet + 1 :] - mean) / log_std.exp(), log_std).sum(1)
+        mean, log_std = self.step(condition, self.summary(features), start, t, steps)
+        density = _log_density((path[:, quiet + 1 :] - mean) / log_std.exp(), log_std)
+        return (density if mask is None else density * mask[:, None]).sum((1, 2))
 
     def _quiet(self, steps: int) -> int:
         """How many integration steps add no noise."""
@@ -186,35 +218,47 @@ class FlowExpert(nn.Module):
 
     @torch.no_grad()
     def calibrate_noise(
-        self, features: Tensor, steps: int, seed: int = 0, target: float = 0.0
+        self,
+        features: Tensor,
+        steps: int,
+        seed: int = 0,
+        target: float = 0.0,
+        noise: str = "head",
+        width: float = LOG_STD_BAND[1] - LOG_STD_BAND[0],
     ) -> float:
-        """Shift the band so that the action noise at `steps` equals that of the paper's band at K = 10.
+        """Set the level of `noise` so that the action noise at `steps` equals that of the paper's band at K = 10.
 
-        Later steps contract earlier noise, so no formula carries a band from one K to another: it is measured
-        on `features` (B, F) and the shift found by bisection. `target` overrules the wanted root mean square
+        Later steps contract earlier noise, so no formula carries a level from one K to another: it is measured
+        on `features` (B, ...) and found by bisection. `target` overrules the wanted root mean square
         (normalised units). -> the root mean square reached.
+
+        `noise`: "head", the learnable noise head, whose band of log standard deviations is `width` wide; or "sde", Flow-SDE.
         """
-        paper = torch.tensor(LOG_STD_BAND)
-        self.log_std_band.copy_(paper)
+        if noise not in NOISES:
+            raise ValueError(f"noise {noise!r}: one of {', '.join(NOISES)}")
 
         def draw(count: int) -> float:
             return self.action_noise(features, count, torch.Generator().manual_seed(seed))
 
         if not target:
+            self.sde_noise.zero_()
+            self.log_std_band.copy_(torch.tensor(LOG_STD_BAND))
             noisy_steps, self.noisy_steps = self.noisy_steps, 0
             target = draw(BAND_STEPS)
             self.noisy_steps = noisy_steps
+        band = sum(LOG_STD_BAND) / 2 + width * torch.tensor([-0.5, 0.5])
         low, high = -3.0, 3.0
         for _ in range(12):
             shift = (low + high) / 2
-            self.log_std_band.copy_(paper + shift)
+            self.log_std_band.copy_(band + shift)
+            self.sde_noise.fill_(math.exp(shift) if noise == "sde" else 0.0)
             low, high = (low, shift) if draw(steps) > target else (shift, high)
         return draw(steps)
 
 
 def _log_density(standard: Tensor, log_std: Tensor) -> Tensor:
-    """Log density of a Gaussian at `standard` deviations from its mean, summed over the last axis."""
-    return (-0.5 * standard.square() - log_std - 0.5 * math.log(2 * math.pi)).sum(-1)
+    """Log density of a Gaussian, number by number, at `standard` deviations from its mean."""
+    return -0.5 * standard.square() - log_std - 0.5 * math.log(2 * math.pi)
 
 
 def gaussian(
