@@ -15,10 +15,11 @@ import numpy as np
 
 from actors.demonstrate import record_successes
 from actors.evaluate import Outcome, draw_configurations, evaluate
+from actors.remote_runner import Runner
 from actors.segmenter import Segmenter
 from twinrl.core.errors import DeadlineError, TwinRLError
 from twinrl.env import Env
-from twinrl.weights import Weights, WeightSource
+from twinrl.weights import WeightSource
 
 SAMPLED_CHUNK = 2  # control steps between two observations of random play
 WAIT_FOR_WEIGHTS = (
@@ -30,7 +31,7 @@ TELL_SECONDS = 30.0  # between two events about simulations that failed
 class TwinActor:
     """Everything arrives as factories and plain values, so the same class runs in a test without Ray.
 
-    `make_env(num_envs, **options)` builds environments, `make_runner()` a PolicyRunner, `make_writer(name)` a
+    `make_env(num_envs, **options)` builds environments, `make_runner()` a Runner, `make_writer(name)` a
     replay writer, `make_reader()` a replay reader, `make_reporter(name, stats)` a metrics reporter,
     `make_retargeter(env, demonstrations, rng)` what re-targets demonstrations, `label_scenes(env, count, rng)`
     labelled renders.
@@ -44,7 +45,7 @@ class TwinActor:
         task: str,
         num_envs: int,
         make_env: Callable[..., Env],
-        make_runner: Callable[[], Any],
+        make_runner: Callable[[], Runner],
         make_writer: Callable[[str], Any],
         make_reader: Callable[[], Any],
         make_reporter: Callable[..., Any],
@@ -192,7 +193,7 @@ class TwinActor:
         policy lag without stopping the learner; new weights are adopted at every chunk boundary.
         """
         with self._task_of("twin RL", self._num_envs, env_options) as env:
-            self._adopt(self._weights.wait(start_version - 1, WAIT_FOR_WEIGHTS))
+            self._runner.adopt(self._weights.wait(start_version - 1, WAIT_FOR_WEIGHTS))
             segmenter = self._segmenter(env, "twin")
             observation, _ = env.reset(
                 seed=int(self._rng.integers(2**31)), options={"region": region}
@@ -216,7 +217,7 @@ class TwinActor:
         self, version: int, cells: list[tuple[dict[str, Any], list[dict[str, Any]]]]
     ) -> list[Outcome]:
         """Success of exactly version `version`, noise off, in each cell: (environment options, configurations)."""
-        self._adopt(self._weights.get(version))
+        self._runner.adopt(self._weights.get(version), exactly=True)
         return [self._evaluate_cell(options, starts) for options, starts in cells]
 
     def _evaluate_cell(
@@ -291,7 +292,7 @@ class TwinActor:
             time.sleep(0.1)
         weights = self._weights.poll(self._runner.version)
         if weights is not None:
-            self._adopt(weights)
+            self._runner.adopt(weights)
         actions, info = self._runner.infer(observation, env.instruction, explore=True)
         step = env.step_chunk(actions)
         segmenter.add(step, self._runner.version, info)
@@ -320,10 +321,6 @@ class TwinActor:
             self._told = now
             self._reporter.event("warning", text)
 
-    def _adopt(self, weights: Weights) -> None:
-        weights.verify()
-        self._runner.load(weights.version, weights.arrays)
-
     def _wait_for_version(self, version: int) -> None:
         if self._runner.version >= version:
             return
@@ -332,7 +329,7 @@ class TwinActor:
         while not self._stop.is_set():
             weights = self._weights.poll(version - 1)
             if weights is not None:
-                self._adopt(weights)
+                self._runner.adopt(weights)
                 break
             if time.monotonic() > deadline:
                 raise DeadlineError(

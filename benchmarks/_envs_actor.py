@@ -32,9 +32,9 @@ class Unthinking:
         """The actions, and nothing to be recorded with them."""
         return self.actions, {}
 
-    def load(self, version: int, arrays: Any) -> None:
+    def adopt(self, weights: Weights, exactly: bool = False) -> None:
         """Weights of a policy that is not there."""
-        self.version = version
+        self.version = weights.version
 
     def seed(self, seed: int) -> None:
         """Nothing is drawn."""

@@ -6,7 +6,6 @@ import logging
 import math
 import os
 import socket
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,12 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from actors.inference import InferenceActor
+from actors.remote_runner import SingleInference
 from actors.robot_actor import RobotActor
 from actors.twin_actor import TwinActor
 from deploy import factories
 from deploy.description import make_schema
+from deploy.ray_inference import INFERENCE, RayInference
 from deploy.ray_weights import STORE, RayWeightSink, RayWeightSource, WeightStore
 from deploy.run_folder import RunFolder
 from learner.learner import Learner
@@ -113,7 +114,13 @@ class Cluster:
         def reporter(role: str) -> Any:
             return factories.reporter_factory(topology["metrics"], keys, role)
 
-        of_learner, of_twin = gpu_shares(config, int(ray.cluster_resources().get("GPU", 0)))
+        def runner(seed: int) -> Any:
+            if config.inference.where == "shared":
+                return factories.remote_runner_factory(seed)
+            return factories.runner_factory(policy_config, seed)
+
+        shares = gpu_shares(config, int(ray.cluster_resources().get("GPU", 0)))
+        of_learner, of_twin, of_inference = shares
         self.learner = self._actor(
             RayLearner,
             "learner",
@@ -142,7 +149,7 @@ class Cluster:
                 task=config.task.name,
                 num_envs=config.twins.envs,
                 make_env=factories.env_factory(config),
-                make_runner=factories.runner_factory(policy_config, config.seed * 1000 + i),
+                make_runner=runner(config.seed * 1000 + i),
                 make_writer=factories.writer_factory(
                     *(topology, keys, schema),
                     codec=config.replay.codec,
@@ -158,13 +165,22 @@ class Cluster:
         ]
         self.inference = self._actor(
             InferenceActor,
-            "inference",
-            "inference",
+            INFERENCE,
+            INFERENCE,
             num_cpus=0,
+            num_gpus=of_inference,
             max_concurrency=1000,
-            make_runner=factories.runner_factory(policy_config, config.seed + 500),
+            make_runner=factories.runner_factory(
+                policy_config,
+                config.seed,
+                "auto" if of_inference else "cpu",
+                # While a shared policy computes, the twin actors that ask it wait.
+                config.twins.actors if config.inference.where == "shared" else 1,
+            ),
             make_reporter=reporter("inference"),
             weights=source,
+            max_rows=config.inference.max_rows,
+            deadline=config.inference.deadline_ms / 1e3,
         )
         self.robots = self._actor(
             RobotActor,
@@ -174,7 +190,7 @@ class Cluster:
             max_concurrency=4,
             make_link=factories.link_factory(topology["gateway_internal"], keys),
             make_reporter=reporter("robot_actor"),
-            infer=_RemoteInference(),
+            infer=SingleInference(RayInference(), config.seed + 500),
         )
         self.everyone = [self.learner, *self.twins, self.inference, self.robots]
 
@@ -204,31 +220,23 @@ class Cluster:
         return ray.remote(kind).options(**options).remote(*arguments, **keywords)
 
 
-class _RemoteInference:
-    """Calls the inference actor, found by name, as if it were here."""
-
-    @cached_property
-    def _actor(self) -> Any:
-        return ray.get_actor("inference")
-
-    def __call__(self, observation: Any, instruction: str, explore: bool) -> Any:
-        return ray.get(self._actor.infer.remote(observation, instruction, explore), timeout=30)
-
-
-def gpu_shares(config: Config, gpus: int) -> tuple[float, float]:
-    """What the learner and each twin actor get of `gpus` GPUs.
+def gpu_shares(config: Config, gpus: int) -> tuple[float, float, float]:
+    """What the learner, each twin actor, and the inference actor get of `gpus` GPUs.
 
     Ray hides every GPU from an actor that asks for none. A share below 1 lies on one GPU, so actors are dealt out to whole
-    ones; a single GPU is halved between learner and twins.
+    ones; a single GPU is halved between the learner and the others. Inference gets one only where it is shared.
     """
     learner = 1.0 if gpus and config.learner.device != "cpu" else 0.0
-    if config.twins.device == "cpu":
-        return learner, 0.0
-    if not gpus:
+    twins = 0 if config.twins.device == "cpu" else config.twins.actors
+    inference = int(gpus > 0 and config.inference.where == "shared")
+    if twins and not gpus:
         raise ConfigError(
             f"twins.device is {config.twins.device!r}, and the cluster has no GPU; set twins.device=cpu"
         )
+    if not twins + inference:
+        return learner, 0.0, 0.0
     if learner and gpus == 1:
-        return 0.5, math.floor(0.5 / config.twins.actors * 1e4) / 1e4
-    on_one = math.ceil(config.twins.actors / (gpus - int(learner)))
-    return learner, math.floor(1e4 / on_one) / 1e4
+        learner, share = 0.5, math.floor(0.5 / (twins + inference) * 1e4) / 1e4
+    else:
+        share = math.floor(1e4 / math.ceil((twins + inference) / (gpus - int(learner)))) / 1e4
+    return learner, share if twins else 0.0, share if inference else 0.0

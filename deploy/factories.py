@@ -36,18 +36,35 @@ def _make_env(num_envs: int, *, task: str, **options: Any) -> Any:
     return twins.make_env(task, num_envs, **options)
 
 
-def runner_factory(policy_config: dict[str, Any], seed: int) -> Callable[[], Any]:
-    """make() -> a PolicyRunner on one thread: rollout processes share the machine."""
-    return partial(_make_runner, policy_config, seed)
+def runner_factory(
+    policy_config: dict[str, Any], seed: int, device: str = "cpu", threads: int = 1
+) -> Callable[[], Any]:
+    """make() -> a PolicyRunner; on one thread where rollout processes share the machine. `device` as torch names it, or
+    "auto": a GPU if the process has one."""
+    return partial(_make_runner, policy_config, seed, device, threads)
 
 
-def _make_runner(policy_config: dict[str, Any], seed: int) -> Any:
+def _make_runner(policy_config: dict[str, Any], seed: int, device: str, threads: int) -> Any:
     import torch
 
     from policies.runner import PolicyRunner
 
-    torch.set_num_threads(1)
-    return PolicyRunner(policy_config, seed)
+    torch.set_num_threads(threads)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return PolicyRunner(policy_config, seed, device)
+
+
+def remote_runner_factory(seed: int) -> Callable[[], Any]:
+    """make() -> a runner whose policy is the inference actor's."""
+    return partial(_make_remote_runner, seed)
+
+
+def _make_remote_runner(seed: int) -> Any:
+    from actors.remote_runner import RemoteRunner
+    from deploy.ray_inference import RayInference
+
+    return RemoteRunner(RayInference(), seed)
 
 
 def writer_factory(

@@ -254,6 +254,22 @@ class EvaluationConfig(Section):
     seed: int = Field(777_000, description="draws the resets; disjoint from training")
 
 
+class InferenceConfig(Section):
+    """Where twin actors get their actions from (docs/inference.md). Arms always ask the inference actor."""
+
+    where: Literal["actor", "shared"] = Field(
+        "actor",
+        description="actor: each twin actor has the policy in its own process; shared: the inference actor has it, on "
+        "a GPU if the cluster has one",
+    )
+    max_rows: int = Field(
+        256, ge=1, le=65536, description="observations in a batch of the inference actor"
+    )
+    deadline_ms: float = Field(
+        2.0, ge=0, description="how long a batch's first request waits for others, ms"
+    )
+
+
 class GatewayConfig(Section):
     """What outside members dial."""
 
@@ -303,6 +319,7 @@ class Config(Section):
     replay: ReplayConfig = ReplayConfig()
     twins: TwinsConfig = TwinsConfig()
     policy: dict[str, Any] = Field({}, description="of policies.registry.make_policy")
+    inference: InferenceConfig = InferenceConfig()
     learner: LearnerConfig = LearnerConfig()
     demonstrations: DemonstrationsConfig = DemonstrationsConfig()
     expansion: ExpansionConfig = ExpansionConfig()
@@ -314,6 +331,16 @@ class Config(Section):
     gateway: GatewayConfig = GatewayConfig()
     stand_in: StandInConfig = StandInConfig()
     dashboard: DashboardConfig = DashboardConfig()
+
+    @field_validator("inference")
+    @classmethod
+    def _fits_a_batch(cls, value: InferenceConfig, info: ValidationInfo) -> InferenceConfig:
+        envs = info.data["twins"].envs if "twins" in info.data else 0
+        if value.where == "shared" and envs > value.max_rows:
+            raise ValueError(
+                f"a twin actor asks for all of its twins.envs={envs} at once, more than max_rows={value.max_rows}"
+            )
+        return value
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
