@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
+from twinrl.core.checksum import digest
 from twinrl.core.segment import SOURCES, Segment
 from twinrl.env import ACTION_DIM, IMAGE_PREFIX, STATE
+
+FEWEST_EPISODES = 10  # of which some are held out
 
 
 @dataclass
@@ -22,6 +25,7 @@ class Windows:
     mask: np.ndarray  # (N, C) float32: 1 where `action` is a demonstrated step
     source: np.ndarray  # (N,) int64, index in SOURCES
     instruction: list[str]  # N
+    episode: list[str] = field(default_factory=list)  # N, or none where nobody asks
 
     def __len__(self) -> int:
         return len(self.state)
@@ -31,18 +35,32 @@ class Windows:
         """The observation dict that a policy encodes."""
         return {**self.images, STATE: self.state}
 
+    def take(self, rows: np.ndarray) -> Windows:
+        """The windows `rows` (indices, or a mask (N,))."""
+        rows = np.arange(len(self))[rows]
+        return Windows(
+            {key: value[rows] for key, value in self.images.items()},
+            *(getattr(self, name)[rows] for name in ("state", "action", "mask", "source")),
+            *(
+                [texts[i] for i in rows] if texts else []
+                for texts in (self.instruction, self.episode)
+            ),
+        )
+
 
 def concatenate(parts: Sequence[Windows]) -> Windows:
     """All windows of `parts`, in order."""
     joined = {
-        field.name: np.concatenate([getattr(part, field.name) for part in parts])
-        for field in fields(Windows)
-        if field.name not in ("images", "instruction")
+        name: np.concatenate([getattr(part, name) for part in parts])
+        for name in (each.name for each in fields(Windows))
+        if name not in ("images", "instruction", "episode")
     }
     images = {key: np.concatenate([part.images[key] for part in parts]) for key in parts[0].images}
-    return Windows(
-        images, instruction=[text for part in parts for text in part.instruction], **joined
+    instruction, episode = (
+        [text for part in parts for text in getattr(part, name)]
+        for name in ("instruction", "episode")
     )
+    return Windows(images, instruction=instruction, episode=episode, **joined)
 
 
 def imitated_steps(segments: Sequence[Segment]) -> list[np.ndarray]:
@@ -87,9 +105,10 @@ def windows(segments: Sequence[Segment], chunk: int) -> Windows:
 def _segment_windows(segment: Segment, imitated: np.ndarray, chunk: int) -> Windows:
     columns, steps = segment.columns, len(imitated)
     target = columns.get("label_action", columns["action"])
-    rows = np.flatnonzero(columns["frame_step"] < steps)
-    rows = rows[imitated[columns["frame_step"][rows]]]
-    start = columns["frame_step"][rows]
+    frames = _frames(columns)
+    rows = np.flatnonzero(frames < steps)
+    rows = rows[imitated[frames[rows]]]
+    start = frames[rows]
     # Rows beyond the segment's end read the padding: not imitated, zero.
     padded = np.concatenate([target, np.zeros((chunk, ACTION_DIM), np.float32)])
     allowed = np.concatenate([imitated, np.zeros(chunk, bool)])
@@ -102,7 +121,27 @@ def _segment_windows(segment: Segment, imitated: np.ndarray, chunk: int) -> Wind
         mask=mask.astype(np.float32),
         source=np.full(len(rows), SOURCES.index(segment.header["source"]), np.int64),
         instruction=[segment.header["instruction"]] * len(rows),
+        episode=[segment.header["episode"]] * len(rows),
     )
+
+
+def _frames(columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The steps at which all of the observation is known; without cameras the state is, at every step."""
+    return columns.get("frame_step", np.arange(len(columns[STATE])))
+
+
+def held_out(episodes: Sequence[str], share: float) -> np.ndarray:
+    """Which windows (N,) bool belong to the `share` of episodes that is kept for validation.
+
+    A hash of its name decides about an episode: whoever reads it, and whenever, finds it on the same side. Of fewer than
+    10 episodes, or where the hash leaves one side empty, none are held out: there is too little to learn from.
+    """
+    names = sorted(set(episodes))
+    limit = share * 2.0**64
+    chosen = {name for name in names if digest(name.encode()) < limit}
+    if len(names) < FEWEST_EPISODES or len(chosen) == len(names):
+        chosen = set()
+    return np.array([name in chosen for name in episodes], dtype=bool)
 
 
 def source_probabilities(source: np.ndarray, shares: dict[str, float]) -> np.ndarray:
@@ -132,7 +171,7 @@ def executed_windows(
     rows = defaultdict(list)
     for number, segment in enumerate(segments):
         columns = segment.columns
-        steps, frames = len(columns["action"]), columns["frame_step"]
+        steps, frames = len(columns["action"]), _frames(columns)
         row_of = {int(t): row for row, t in enumerate(frames)}
         for row, t in enumerate(frames[::stride]):
             length = min(chunk, steps - int(t))

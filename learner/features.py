@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -28,21 +29,32 @@ def encode(
         part = slice(start, start + batch)
         tensors = policy.to_tensors({key: observation[key][part] for key in keys})
         parts.append(policy.encode(tensors, instruction if same else instruction[part]))
-    return torch.cat(parts) if parts else torch.zeros(0, *policy.feature_shape)
+    if not parts:
+        return torch.zeros(0, *policy.feature_shape, device=policy.device)
+    return torch.cat(parts)
+
+
+def feature_bytes(policy: Policy) -> int:
+    """What the features of one observation take."""
+    return 4 * math.prod(policy.feature_shape)
 
 
 class FeatureCache:
     """Features by observation id: an observation that is drawn many times is encoded once.
 
-    Holds while the encoder stays as it is; `clear` it otherwise. Memory: the features of one observation each.
+    Holds while the encoder stays as it is; `clear` it otherwise. Lies on the policy's device and takes at most `memory`
+    bytes, and no more than `capacity` observations.
     """
 
-    def __init__(self, policy: Policy, instruction: str, capacity: int = 200_000) -> None:
+    def __init__(
+        self, policy: Policy, instruction: str, capacity: int = 200_000, memory: int = 4 << 30
+    ) -> None:
         self.policy = policy
         self.instruction = instruction
         self._row: dict[int, int] = {}
-        self._table = torch.zeros(1024, *policy.feature_shape)
-        self._capacity = capacity
+        self._capacity = max(1, min(capacity, memory // feature_bytes(policy)))
+        rows = min(1024, self._capacity)
+        self._table = torch.zeros(rows, *policy.feature_shape, device=policy.device)
         self._hits = self._misses = 0
 
     def clear(self) -> None:
@@ -61,19 +73,23 @@ class FeatureCache:
         if ids is None:
             return encode(self.policy, observation, self.instruction)
         names, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
-        known = np.array([int(name) in self._row for name in names], dtype=bool)
-        fresh = first[~known]
-        self._hits += int(known.sum())
-        self._misses += len(fresh)
-        if len(fresh):
-            features = encode(
-                self.policy,
-                {key: value[fresh] for key, value in observation.items()},
-                self.instruction,
-            )
-            self._store(names[~known], features)
+        if len(names) > self._capacity:
+            return encode(self.policy, observation, self.instruction)
+        fresh = self._unknown(names)
+        if len(self._row) + int(fresh.sum()) > self._capacity:
+            self.clear()  # simple and rare: the next batches fill it again
+            fresh = self._unknown(names)
+        self._hits += int((~fresh).sum())
+        self._misses += int(fresh.sum())
+        if fresh.any():
+            rows = first[fresh]
+            seen = {key: value[rows] for key, value in observation.items()}
+            self._store(names[fresh], encode(self.policy, seen, self.instruction))
         rows = torch.tensor([self._row[int(name)] for name in names])
-        return self._table[rows[torch.from_numpy(inverse.reshape(-1))]]
+        return self._table[rows[torch.from_numpy(inverse.reshape(-1))].to(self._table.device)]
+
+    def _unknown(self, names: np.ndarray) -> np.ndarray:
+        return np.array([int(name) not in self._row for name in names], dtype=bool)
 
     def stats(self) -> dict[str, float]:
         """Entries, and the share of lookups answered without encoding since the last call."""
@@ -83,10 +99,11 @@ class FeatureCache:
         return {"entries": len(self._row), "hit_share": share}
 
     def _store(self, names: np.ndarray, features: Tensor) -> None:
-        if len(self._row) + len(names) > self._capacity:
-            self.clear()  # simple and rare: the next batches fill it again
-        start = len(self._row)
-        while start + len(names) > len(self._table):
-            self._table = torch.cat([self._table, torch.zeros_like(self._table)])
-        self._table[start : start + len(names)] = features
+        start, end = len(self._row), len(self._row) + len(names)
+        if end > len(self._table):
+            rows = min(max(end, 2 * len(self._table)), self._capacity)
+            grown = self._table.new_zeros(rows, *self._table.shape[1:])
+            grown[:start] = self._table[:start]
+            self._table = grown
+        self._table[start:end] = features
         self._row.update((int(name), start + i) for i, name in enumerate(names))

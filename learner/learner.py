@@ -6,6 +6,7 @@ statistics, and the way to stop.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -14,10 +15,13 @@ from typing import Any
 
 import torch
 
-from learner.checkpoint import load_checkpoint, restore_policy, save_checkpoint
+from learner import distributed
+from learner.checkpoint import CheckpointWriter, load_checkpoint, restore_policy, snapshot
+from learner.failures import save_failure
+from learner.optimiser import NonFiniteLossError
 from policies.registry import make_policy
 from policies.weights import to_arrays
-from twinrl.core.errors import TwinRLError
+from twinrl.core.errors import ConfigError, TwinRLError
 from twinrl.weights import WeightSink
 
 
@@ -25,6 +29,9 @@ class Learner:
     """Everything arrives as factories and plain values, so the same class runs in a test without Ray.
 
     `make_reader()` connects to the replay service, `make_reporter(name, stats)` reports statistics and events.
+    `device`: auto (a GPU if this process sees one), cpu, cuda or cuda:N. `precision` of what supervised stages compute:
+    auto (bfloat16 on a GPU), float32 or bfloat16. A learner that is one of several ranks (learner/distributed.py) is
+    made as `helper` on all ranks but 0, and does everything but publish, save and report.
     """
 
     def __init__(
@@ -38,13 +45,20 @@ class Learner:
         sink: WeightSink,
         seed: int,
         threads: int = 1,
+        device: str = "auto",
+        precision: str = "auto",
+        helper: bool = False,
     ) -> None:
         torch.manual_seed(seed)
         torch.set_num_threads(threads)
         self.policy_config, self.instruction, self.seed = policy_config, instruction, seed
-        self.policy = make_policy(policy_config)
+        self.device = choose_device(device)
+        self._half = uses_bfloat16(precision, self.device)
+        self._helper = helper
+        self.policy = make_policy(policy_config).to(self.device)
         self.version = -1
         self._checkpoints, self._sink = checkpoints, sink
+        self._writer = CheckpointWriter()
         self.reader = make_reader()
         self._stop, self._paused = threading.Event(), threading.Event()
         self._checkpoint = threading.Event()
@@ -55,7 +69,8 @@ class Learner:
         self._clock, self._clock_updates, self._clock_batches = time.monotonic(), 0, 0
         self._publishing = self._clock_publishing = 0.0  # s
         self.reporter = make_reporter("learner", self.stats)
-        self.reporter.event("info", f"learner is ready on {threads} threads")
+        place = f"{threads} threads" if self.device.type == "cpu" else str(self.device)
+        self.reporter.event("info", f"learner is ready on {place}")
 
     def ping(self) -> int:
         """The policy's version, once the learner is ready."""
@@ -78,6 +93,7 @@ class Learner:
         self.publish()
         self._sink.flush()
         self.save(name)
+        self._writer.flush()
         return {"version": self.version, "seconds": 0.0}
 
     def stop(self) -> None:
@@ -95,6 +111,7 @@ class Learner:
     def close(self) -> None:
         """Report a last time and close."""
         self.stop()
+        self._writer.close()
         self._sink.close()
         self.reporter.close()
         self.reader.close()
@@ -110,7 +127,11 @@ class Learner:
         began = time.monotonic()
         try:
             summary = STAGES[stage](self, **arguments)
+            self._writer.flush()
             self._sink.flush()  # what the summary names can be had from now on
+        except NonFiniteLossError as error:
+            path = save_failure(self._checkpoints.parent / "failures", stage, self.policy, error)
+            raise TwinRLError(f"{stage}: {error}; batch and norms are in {path}") from error
         finally:
             self._stage = "idle"
         return {**(summary or {}), "seconds": time.monotonic() - began, "version": self.version}
@@ -121,6 +142,14 @@ class Learner:
     def stopping(self) -> bool:
         """Someone asked the stage to end."""
         return self._stop.is_set()
+
+    def goes_on(self) -> bool:
+        """Nobody asked the stage to end; with several ranks rank 0 decides, and all must ask."""
+        return distributed.agree(not self.stopping)
+
+    def autocast(self) -> torch.autocast:
+        """Context in which a supervised loss is computed in the learner's precision."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._half)
 
     def checkpoint_asked(self) -> bool:
         """Somebody wants a checkpoint now; asking answers once."""
@@ -141,6 +170,9 @@ class Learner:
 
     def publish(self) -> int:
         """Hand out the policy's weights as the next version: copied here, between two updates, sent in the background."""
+        if self._helper:
+            self.version += 1
+            return self.version
         began = time.monotonic()
         self._sink.publish(self.version + 1, to_arrays(self.policy))
         self.version += 1
@@ -148,27 +180,42 @@ class Learner:
         return self.version
 
     def save(self, name: str, algorithm: dict[str, Any] | None = None) -> Path:
-        """Write checkpoint `name`."""
+        """Copy checkpoint `name` and write it in the background; it is on disk when the stage has ended."""
         path = self._checkpoints / f"{name}.pt"
-        save_checkpoint(
-            path,
+        if self._helper:
+            return path
+        content = snapshot(
             stage=name,
             version=self.version,
             policy=self.policy,
             policy_config=self.policy_config,
             algorithm=algorithm,
         )
+        self._writer.save(path, content)
         return path
+
+    def finish(self, name: str) -> None:
+        """Write checkpoint `name` of a stage that is done, and remove NAME-running."""
+        self.save(name)
+        self._writer.flush()
+        if not self._helper:
+            (self._checkpoints / f"{name}-running.pt").unlink(missing_ok=True)
 
     def has(self, name: str) -> bool:
         """Checkpoint `name` exists."""
+        self._writer.flush()
         return (self._checkpoints / f"{name}.pt").exists()
 
     def restore(self, name: str) -> dict[str, Any]:
-        """Load checkpoint `name` into the policy; versions never go back. Returns the algorithm's state."""
+        """Load checkpoint `name` into the policy, and torch's random state; versions never go back.
+
+        Returns the algorithm's state.
+        """
+        self._writer.flush()
         path = self._checkpoints / f"{name}.pt"
         state = load_checkpoint(path)
         restore_policy(self.policy, state, path)
+        torch.set_rng_state(state["rng"])
         self.version = max(self.version, state["version"], self._sink.newest())
         return state["algorithm"]
 
@@ -192,3 +239,24 @@ class Learner:
         if self._stage != "idle":
             data.update({f"loss/{key}": value for key, value in self._losses.items()})
         return data
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`, `cpu`, `cuda` or `cuda:N` as a device that exists; ConfigError otherwise."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name != "cpu" and not re.fullmatch(r"cuda(:\d+)?", name):
+        raise ConfigError(f"device {name!r}: one of auto, cpu, cuda, cuda:N")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {name!r}: this process sees {torch.cuda.device_count()} GPUs; take auto or cpu"
+        )
+    return device
+
+
+def uses_bfloat16(precision: str, device: torch.device) -> bool:
+    """Whether supervised losses are computed in bfloat16."""
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise ConfigError(f"precision {precision!r}: one of auto, float32, bfloat16")
+    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")

@@ -131,7 +131,7 @@ def test_a_runner_names_the_version_it_refuses():
     arrays = {name: array.copy() for name, array in to_arrays(runner.policy).items()}
     published = checksum(arrays)
     runner.load(3, arrays, published)
-    arrays["flow.condition.weight"][0, 0] += 1
+    arrays["flow.project.weight"][0, 0] += 1
     with pytest.raises(WeightsError, match="version 4 are not loaded: their checksum is"):
         runner.load(4, arrays, published)
     with pytest.raises(TwinRLError, match="version 4 arrived damaged"):

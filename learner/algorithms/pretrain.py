@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from learner import distributed
+from learner.optimiser import Optimiser, one_cycle
 from policies.vla import VLA
 from twinrl.env import STATE, image_key
 
@@ -47,16 +49,14 @@ class Pretrain:
         self.labels = torch.as_tensor(labels, dtype=torch.float32)
         keys = (STATE, *map(image_key, policy.cameras))
         self.observation = {key: torch.as_tensor(observation[key]) for key in keys}
-        policy.fit_scenes(self.observation[STATE], self.labels)
+        policy.fit_scenes(self.observation[STATE].to(policy.device), self.labels.to(policy.device))
         self._generator = torch.Generator().manual_seed(seed)
-        self._optimiser = torch.optim.AdamW(
+        self._optimiser = Optimiser(
             policy.encoder_parameters(),
             config.learning_rate,
             weight_decay=config.weight_decay,
-            fused=True,
-        )
-        self._schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self._optimiser, config.learning_rate, total_steps=config.steps, pct_start=0.1
+            clip=config.gradient_norm,
+            schedule=one_cycle(config.steps),
         )
 
     @property
@@ -65,35 +65,33 @@ class Pretrain:
         return self.step >= self.config.steps
 
     def update(self) -> dict[str, float]:
-        """One gradient step on a random batch."""
+        """One gradient step on a random batch; with several ranks on this rank's share of it."""
         rows = torch.randint(len(self.labels), (self.config.batch,), generator=self._generator)
-        features = self.policy.encode(
-            {key: value[rows] for key, value in self.observation.items()}, self.instruction
-        )
-        target = self.policy.pose_normaliser(self.labels[rows])
+        own = distributed.share(rows)
+        features = self._features(self.observation, own)
+        target = self.policy.pose_normaliser(self.labels[own].to(self.policy.device))
         loss = functional.mse_loss(self.policy.predict_pose(features), target)
-        self._optimiser.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(
-            self.policy.encoder_parameters(), self.config.gradient_norm
-        )
-        self._optimiser.step()
-        self._schedule.step()
+        loss = loss * (len(own) * distributed.size() / len(rows))
+        norm = self._optimiser.step(loss, lambda: {"rows": own, "target": target})
         self.step += 1
-        return {"pose_loss": float(loss.detach()), "gradient_norm": float(norm)}
+        return {"pose_loss": float(loss.detach()), "gradient_norm": norm}
+
+    def _features(self, observation: Mapping[str, torch.Tensor], rows: Any) -> torch.Tensor:
+        """Features of the scenes `rows`, on the policy's device."""
+        seen = {key: value[rows].to(self.policy.device) for key, value in observation.items()}
+        return self.policy.encode(seen, self.instruction)
 
     @torch.no_grad()
     def errors(self, observation: Mapping[str, np.ndarray], labels: np.ndarray) -> np.ndarray:
         """Root mean square error (pose_dim,) of held-out labels, in their own units."""
+        seen = {key: torch.as_tensor(observation[key]) for key in self.observation}
         parts = []
         for start in range(0, len(labels), 128):
             rows = slice(start, start + 128)
-            features = self.policy.encode(
-                {key: torch.as_tensor(observation[key][rows]) for key in self.observation},
-                self.instruction,
+            pose = self.policy.predict_pose(self._features(seen, rows))
+            parts.append(
+                self.policy.pose_normaliser.inverse(pose).float().cpu().numpy() - labels[rows]
             )
-            pose = self.policy.pose_normaliser.inverse(self.policy.predict_pose(features))
-            parts.append(pose.numpy() - labels[rows])
         return np.sqrt(np.mean(np.square(np.concatenate(parts)), axis=0))
 
     def state_dict(self) -> dict[str, Any]:
@@ -101,7 +99,6 @@ class Pretrain:
         return {
             "step": self.step,
             "optimiser": self._optimiser.state_dict(),
-            "schedule": self._schedule.state_dict(),
             "generator": self._generator.get_state(),
         }
 
@@ -109,5 +106,4 @@ class Pretrain:
         """Continue where `state` was taken."""
         self.step = state["step"]
         self._optimiser.load_state_dict(state["optimiser"])
-        self._schedule.load_state_dict(state["schedule"])
         self._generator.set_state(state["generator"])
