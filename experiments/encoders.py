@@ -42,7 +42,7 @@ from twins.labels import labelled_scenes
 
 METHODS = ("pose", "auxiliary", "contrastive", "none", "random", "public")
 TEMPERATURE = 0.1  # of InfoNCE
-STEPS = {
+STEPS = {"contrastive": 550, "auxiliary": 1150, "none": 1450, "public": 700}
     "contrastive": 650,
     "auxiliary": 700,
     "none": 700,
