@@ -1,7 +1,7 @@
 """PPOFlow (Choi et al. 2026): PPO on the exact likelihood of a flow policy's noisy integration path.
 
 The encoder is frozen: features are computed once an iteration. The critic sees the twin's privileged state and the
-proprioception; it knows no time, so a time-out bootstraps (see gae).
+proprioception, or, where nothing is privileged, what the policy sees; it knows no time, so a time-out bootstraps (see gae).
 
     log pi(path | o) = sum_k log N(x_{k+1}; x_k + v / K, sigma^2),   r = (pi / pi_old)^s
     L = -E[min(r A, clip(r, 1 - eps, 1 + eps) A)] + w_anchor * L_flow(demonstrations)
@@ -10,21 +10,25 @@ proprioception; it knows no time, so a time-out bootstraps (see gae).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from learner.algorithms.sft import ImitationData
 from learner.features import encode
+from learner.optimiser import Optimiser
 from learner.rollout import Rollout, gae, rollout
 from policies.critic import StateValue
 from policies.policy import Policy
 from twinrl.core.segment import Segment
+
+CRITICS = ("auto", "state", "features")
+LIKELIHOOD_ROWS = 1024  # chunks whose likelihood is computed at once
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,15 @@ class PPOFlowConfig:
     lam: float = 0.95  # GAE, per chunk
     clip: float = 0.2
     ratio_power: float = 0.3  # s, at K = 2; the more integration steps, the smaller
+    noise: str = "head"  # exploration: the learnable noise head, or "sde" (Flow-SDE)
     learning_rate: float = 1e-5  # flow and noise heads, at the start: it adapts to max_kl
+    max_learning_rate: float = 1e-3
+    critic: str = (
+        "auto"  # what it sees: "state" (privileged and proprioception), or the policy's "features"
+    )
+    critic_hidden: int = 256
     critic_learning_rate: float = 1e-3
+    normalise_values: bool = False  # for returns that are far from 0 .. 1
     epochs: int = 4
     critic_updates: int = 48  # minibatches an iteration
     critic_memory: int = (
@@ -62,23 +73,32 @@ class PPOFlow:
         anchor: ImitationData | None = None,
         seed: int = 0,
     ) -> None:
+        if config.critic not in CRITICS:
+            raise ValueError(f"critic {config.critic!r}: one of {', '.join(CRITICS)}")
         self.policy, self.config, self.anchor = policy, config, anchor
-        self.value = StateValue(privileged_dim + len(policy.state_normaliser.centre))
+        # Without cameras the state is all that the policy sees, and the shorter of the two.
+        blind = config.critic == "auto" and not privileged_dim and bool(policy.cameras)
+        self._on_features = config.critic == "features" or blind
+        state_dim = privileged_dim + len(policy.state_normaliser.centre)
+        dim = policy.flow.summary_dim if self._on_features else state_dim
+        self.value = StateValue(dim, config.critic_hidden).to(policy.device)
+        self._value_centre, self._value_scale = 0.0, 1.0
         self.iteration = 0
         self._memory: list[dict[str, Tensor]] = []
         self._generator = torch.Generator().manual_seed(seed)
-        self._parameters = list(policy.flow.parameters())
         # Optimisers of their own: the ratio power scales the policy's gradient, not the critic's.
-        self._optimiser = torch.optim.Adam(self._parameters, config.learning_rate, fused=True)
-        self._critic_optimiser = torch.optim.Adam(
-            self.value.network.parameters(), config.critic_learning_rate, fused=True
+        self._optimiser = Optimiser(
+            policy.flow.parameters(), config.learning_rate, clip=config.gradient_norm
+        )
+        self._critic_optimiser = Optimiser(
+            self.value.network.parameters(), config.critic_learning_rate
         )
 
     def update(self, segments: Sequence[Segment], version: int) -> dict[str, float]:
         """One PPO iteration on `segments`; `version` is that of the weights the policy holds now."""
         data = rollout(segments, self.config.gamma)
         features = encode(self.policy, data.observation, data.instruction)
-        transitions = _transitions(data)
+        transitions = self._transitions(data, features)
         if self.iteration == 0:
             self.value.normaliser.fit_moments(transitions["critic"], minimum_scale=1e-3)
         self._memory = [*self._memory, transitions][-self.config.critic_memory :]
@@ -95,16 +115,33 @@ class PPOFlow:
             metrics |= self._improve(data, features, advantage, version)
         return metrics
 
+    # -- values ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _transitions(self, data: Rollout, features: Tensor) -> dict[str, Tensor]:
+        """What the critic is fitted to, on the policy's device: a rollout without images and paths."""
+        if self._on_features:
+            here = self.policy.summary(features)
+            final = encode(self.policy, data.final, data.final_instruction)
+            after = here.roll(-1, 0)
+            after[torch.from_numpy(data.last)] = self.policy.summary(final)
+        else:
+            here, after = (self._tensor(rows) for rows in (data.critic, data.next_critic))
+        names = ("reward", "discount", "terminated", "chained")
+        rest = {name: torch.from_numpy(getattr(data, name)) for name in names}
+        return {"critic": here, "next_critic": after, **rest}
+
     @torch.no_grad()
     def _advantages(self, transitions: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Advantages (M,) and value targets (M,), advantage + value, under the present critic."""
-        value = self.value(transitions["critic"]).numpy()
-        next_value = self.value(transitions["next_critic"]).numpy()
+        states = torch.cat([transitions["critic"], transitions["next_critic"]])
+        values = self._value_centre + self._value_scale * self.value(states).cpu().numpy()
+        value, next_value = np.split(values, 2)
         reward, discount, terminated, chained = (
             transitions[key].numpy() for key in ("reward", "discount", "terminated", "chained")
         )
         advantage = gae(reward, discount, value, next_value, terminated, chained, self.config.lam)
-        return torch.from_numpy(advantage), torch.from_numpy(advantage + value)
+        return self._tensor(advantage), self._tensor(advantage + value)
 
     def _fit_critic(self) -> float:
         """Regress the value of the last iterations' states on today's targets; -> mean loss.
@@ -114,29 +151,42 @@ class PPOFlow:
         """
         states = torch.cat([transitions["critic"] for transitions in self._memory])
         targets = torch.cat([self._advantages(transitions)[1] for transitions in self._memory])
-        losses = []
+        if self.config.normalise_values:
+            self._rescale_values(targets)
+        targets = (targets - self._value_centre) / self._value_scale
+        total = 0.0
         for _ in range(self.config.critic_updates):
             rows = torch.randint(len(states), (self.config.minibatch,), generator=self._generator)
             loss = functional.mse_loss(self.value(states[rows]), targets[rows])
-            self._critic_optimiser.zero_grad()
-            loss.backward()
-            self._critic_optimiser.step()
-            losses.append(float(loss.detach()))
-        return float(np.mean(losses)) if losses else float("nan")
+            self._critic_optimiser.step(loss)
+            total += float(loss.detach())
+        count = self.config.critic_updates
+        return self._value_scale**2 * total / count if count else float("nan")
+
+    @torch.no_grad()
+    def _rescale_values(self, targets: Tensor) -> None:
+        """Let the network's unit follow the targets' moments; its last layer keeps what it says (PopArt, van Hasselt 2016)."""
+        centre, scale = float(targets.mean()), max(float(targets.std()), 1e-3)
+        last = self.value.network[-1]
+        last.weight.mul_(self._value_scale / scale)
+        last.bias.mul_(self._value_scale).add_(self._value_centre - centre).div_(scale)
+        self._value_centre, self._value_scale = centre, scale
+
+    # -- policy ------------------------------------------------------------------------------------------
 
     def _improve(
         self, data: Rollout, features: Tensor, advantage: Tensor, version: int
     ) -> dict[str, float]:
         config = self.config
-        path = torch.as_tensor(data.path)
-        proximal, behaviour_weight = self._proximal(data, features, path, version)
+        path, mask = self._tensor(data.path), self._executed(data)
+        proximal, behaviour_weight = self._proximal(data, features, path, mask, version)
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
         kls, clipped, anchors, norms = [], [], [], []
         stopped = False
         for rows in self._minibatches(len(path), config.epochs):
-            log_ratio = config.ratio_power * (
-                self.policy.path_log_prob(features[rows], path[rows]) - proximal[rows]
-            )
+            executed = None if mask is None else mask[rows]
+            log_prob = self.policy.flow.path_log_prob(features[rows], path[rows], executed)
+            log_ratio = config.ratio_power * (log_prob - proximal[rows])
             ratio = log_ratio.exp()
             with torch.no_grad():  # Schulman's low-variance estimate, of the tempered ratio
                 kl = float((ratio - 1.0 - log_ratio).mean())
@@ -154,10 +204,7 @@ class PPOFlow:
                 )
                 loss = loss + config.anchor * imitation
                 anchors.append(float(imitation.detach()))
-            self._optimiser.zero_grad()
-            loss.backward()
-            norms.append(float(nn.utils.clip_grad_norm_(self._parameters, config.gradient_norm)))
-            self._optimiser.step()
+            norms.append(self._optimiser.step(loss))
             kls.append(kl)
             clipped.append(float(((ratio - 1.0).abs() > config.clip).float().mean()))
         self._adapt(len(kls), stopped, kls[-1] if kls else 0.0, len(path))
@@ -169,10 +216,22 @@ class PPOFlow:
             else float("nan"),  # 0 but for rounding, unless the policy lags
             "gradient_norm": float(np.mean(norms)) if norms else float("nan"),
             "updates": float(len(kls)),
-            "learning_rate": self._optimiser.param_groups[0]["lr"],
+            "learning_rate": self._optimiser.learning_rate,
             "anchor_loss": float(np.mean(anchors)) if anchors else float("nan"),
             "behaviour_weight": float(behaviour_weight.mean()),
         }
+
+    def _executed(self, data: Rollout) -> Tensor | None:
+        """(M, D) float32, 1 where a number of the chunk was executed; None where all count.
+
+        At K = 1 the numbers are independent given x_0, and what nobody executed has no part in the reward. With more
+        steps they are not, and the path counts as a whole.
+        """
+        chunk, steps = self.policy.chunk, data.path.shape[1] - 1
+        if steps > 1 or (data.length == chunk).all():
+            return None
+        executed = np.arange(chunk) < data.length[:, None]
+        return self._tensor(executed.repeat(self.policy.action_dim, 1).astype(np.float32))
 
     def _adapt(self, updates: int, stopped: bool, kl: float, chunks: int) -> None:
         """Let the learning rate follow the KL: many small steps on an iteration's data, up to max_kl.
@@ -180,39 +239,49 @@ class PPOFlow:
         A likelihood is as steep as its noise is small, so no learning rate suits all K and noise bands.
         """
         planned = self.config.epochs * math.ceil(chunks / self.config.minibatch)
-        group = self._optimiser.param_groups[0]
+        rate = self._optimiser.learning_rate
         if stopped and updates < 0.7 * planned:
-            group["lr"] = max(group["lr"] / 1.5, 1e-7)
+            self._optimiser.learning_rate = max(rate / 1.5, 1e-7)
         elif not stopped and kl < 0.5 * self.config.max_kl:
-            group["lr"] = min(group["lr"] * 1.5, 1e-3)
+            self._optimiser.learning_rate = min(rate * 1.5, self.config.max_learning_rate)
 
     @torch.no_grad()
     def _proximal(
-        self, data: Rollout, features: Tensor, path: Tensor, version: int
+        self, data: Rollout, features: Tensor, path: Tensor, mask: Tensor | None, version: int
     ) -> tuple[Tensor, Tensor]:
         """Log-probability (M,) of the proximal policy, and (pi_prox / pi_behaviour)^s (M,).
 
         Decoupled PPO (Hilton et al. 2022): the clip is centred on the policy as it is now, and data of older
         versions are corrected by a truncated importance weight. Without lag the two policies are one: the stored
-        log-probability serves and the weight is 1.
+        log-probability serves and the weight is 1. Where a mask leaves numbers out, the stored sum does not say what
+        the rest had, so the proximal policy is asked; the weight stays that of the whole chunk, whose mean over what
+        was not executed is the weight of what was.
         """
-        behaviour = torch.as_tensor(data.log_prob)
-        lagging = torch.from_numpy(data.version < version)
-        if not lagging.any():
-            return behaviour, torch.ones_like(behaviour)
-        present = torch.cat(
-            [
-                self.policy.path_log_prob(features[rows], path[rows])
-                for rows in torch.arange(len(path)).split(1024)
-            ]
-        )
-        proximal = torch.where(lagging, present, behaviour)
-        weight = (self.config.ratio_power * (proximal - behaviour)).exp()
+        behaviour = self._tensor(data.log_prob)
+        lagging = self._tensor(data.version < version)
+        proximal, weight = behaviour, torch.ones_like(behaviour)
+        if lagging.any():
+            proximal = torch.where(lagging, self._log_prob(features, path), behaviour)
+            weight = (self.config.ratio_power * (proximal - behaviour)).exp()
+        if mask is not None:
+            proximal = self._log_prob(features, path, mask)
         return proximal, weight.clamp(max=self.config.max_behaviour_weight)
 
-    def _minibatches(self, count: int, epochs: int):
+    def _log_prob(self, features: Tensor, path: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Log-probability (M,) of all paths under the present policy."""
+        parts = []
+        for start in range(0, len(path), LIKELIHOOD_ROWS):
+            rows = slice(start, start + LIKELIHOOD_ROWS)
+            executed = None if mask is None else mask[rows]
+            parts.append(self.policy.flow.path_log_prob(features[rows], path[rows], executed))
+        return torch.cat(parts)
+
+    def _minibatches(self, count: int, epochs: int) -> Iterator[Tensor]:
         for _ in range(epochs):
             yield from torch.randperm(count, generator=self._generator).split(self.config.minibatch)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.policy.device)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the policy's weights and the anchor's data."""
@@ -220,6 +289,7 @@ class PPOFlow:
             "iteration": self.iteration,
             "memory": self._memory,
             "value": self.value.state_dict(),
+            "value_moments": (self._value_centre, self._value_scale),
             "optimiser": self._optimiser.state_dict(),
             "critic_optimiser": self._critic_optimiser.state_dict(),
             "generator": self._generator.get_state(),
@@ -230,12 +300,7 @@ class PPOFlow:
         self.iteration = state["iteration"]
         self._memory = list(state["memory"])
         self.value.load_state_dict(state["value"])
+        self._value_centre, self._value_scale = state["value_moments"]
         self._optimiser.load_state_dict(state["optimiser"])
         self._critic_optimiser.load_state_dict(state["critic_optimiser"])
         self._generator.set_state(state["generator"])
-
-
-def _transitions(data: Rollout) -> dict[str, Tensor]:
-    """What the critic is fitted to: a rollout without images and paths."""
-    names = ("critic", "next_critic", "reward", "discount", "terminated", "chained")
-    return {name: torch.from_numpy(getattr(data, name)) for name in names}

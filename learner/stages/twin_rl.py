@@ -43,9 +43,8 @@ def twin_rl(
     if demos:
         data = windows(demos, learner.policy.chunk)
         anchor = ImitationData(learner.policy, data, {"demo": 0.5, "twin": 0.5})
-    algorithm = PPOFlow(
-        learner.policy, PPOFlowConfig(**options), privileged_dim, anchor, learner.seed
-    )
+    config = PPOFlowConfig(**options)
+    algorithm = PPOFlow(learner.policy, config, privileged_dim, anchor, learner.seed)
     cursor = learner.reader.cursor(CURSOR, source="twin")
     consumed = 0
     if resumed:
@@ -55,7 +54,11 @@ def twin_rl(
         policy = learner.policy
         if anchor is not None:  # without demonstrations it was done when the policy began
             policy.flow.calibrate_noise(
-                anchor.features[:CALIBRATION], policy.integration_steps, learner.seed, action_noise
+                anchor.features[:CALIBRATION],
+                policy.integration_steps,
+                learner.seed,
+                action_noise,
+                config.noise,
             )
         # What lies there already (the expansion) is not on-policy.
         cursor.pass_by()
