@@ -29,6 +29,7 @@ def describe_job(config: Config) -> dict[str, Any]:
         spec = describe(
             config.task.name,
             cameras=config.task.cameras,
+            observe=config.task.observe,
             image_size=config.task.image_size,
             backend=config.twins.backend,
             options=config.twins.options,

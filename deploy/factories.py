@@ -19,6 +19,7 @@ def env_factory(config: Config) -> Callable[..., Any]:
         _make_env,
         task=config.task.name,
         cameras=config.task.cameras,
+        observe=config.task.observe,
         image_size=config.task.image_size,
         instruction=config.task.instruction,
         reward=config.task.reward,

@@ -219,6 +219,7 @@ class Job:
                         "run": run.name,
                         "task": config.task.name,
                         "instruction": job["instruction"],
+                        "observe": config.task.observe,
                         "control_hz": job["control_hz"],
                         "max_steps": config.real_rl.max_steps,
                     },

@@ -82,16 +82,7 @@ class Schedule:
     def _pretrain(self) -> None:
         """The learner's encoder while one twin actor after the other expands the demonstrations."""
         settings, expansion, twins = self.config.pretrain, self.config.expansion, self.cluster.twins
-        share = -(-settings.scenes // len(twins))
-        randomisation = self.config.twins.randomisation
-        labelling = [
-            self.start(
-                lambda actor=actor: actor.label.remote(share, randomisation=randomisation),
-                keep=True,
-            )
-            for actor in twins
-        ]
-        scenes = self.follow(labelling)
+        scenes = self._labelled() if self._has_cameras else []
         part = -(-expansion.episodes // len(twins))
         options = {"steps": settings.steps, **settings.options}
         learner = self.cluster.learner
@@ -102,11 +93,29 @@ class Schedule:
             ]
         summary, *expanded = self._all(calls, learner_progress=True)
         recorded, attempted = np.sum(expanded, axis=0) if expanded else (0, 0)
+        encoder = f"encoder trained on {summary['scenes']} scenes in {summary['seconds']:.0f} s"
         self.job.event(
             "info",
-            f"encoder trained on {summary['scenes']} scenes in {summary['seconds']:.0f} s; "
+            f"{encoder if scenes else 'no cameras, so no encoder'}; "
             f"{recorded} re-targeted episodes from {attempted} attempts",
         )
+
+    @property
+    def _has_cameras(self) -> bool:
+        return bool(self.job.topology["job"]["schema"]["cameras"])
+
+    def _labelled(self) -> list[Any]:
+        """References of labelled scenes, a part from each twin actor."""
+        twins, randomisation = self.cluster.twins, self.config.twins.randomisation
+        share = -(-self.config.pretrain.scenes // len(twins))
+        labelling = [
+            self.start(
+                lambda actor=actor: actor.label.remote(share, randomisation=randomisation),
+                keep=True,
+            )
+            for actor in twins
+        ]
+        return self.follow(labelling)
 
     def _begin(self) -> None:
         """A policy that nothing was shown: it knows the range of states and actions, and explores."""
@@ -207,7 +216,7 @@ class Schedule:
         from deploy.video import record_video
 
         job = self.job.topology["job"]
-        if not job["schema"]["cameras"]:
+        if not self._has_cameras:
             self.job.event("info", "no video: the observation has no camera")
             return
         record_video(self.config, self.run_folder, job)

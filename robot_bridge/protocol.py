@@ -46,6 +46,7 @@ class Job(NamedTuple):
     lease_s: float  # silence after which a robot counts as gone
     schema: Schema
     software: str
+    observe: str  # how things are seen: "images", or "state" or "relative" by their measured poses
 
     def to_header(self) -> dict[str, Any]:
         """Plain values for the wire."""
@@ -84,6 +85,7 @@ def make_job(schema: Schema | dict[str, Any] | list[Any], job: dict[str, Any]) -
     """Job from plain values: run, task and instruction; what else Job has, has defaults."""
     schema = make_schema(schema)
     defaults = {"control_hz": 10.0, "max_steps": 0, "lease_s": 5.0, "software": SOFTWARE}
+    defaults["observe"] = "images"
     fields = {"chunk": schema.chunk, **defaults, **job, "schema": schema}
     return Job(**{name: fields[name] for name in Job._fields})
 

@@ -35,6 +35,11 @@ class TaskConfig(Section):
         None,
         description="cameras of the observation; when absent side and wrist, or what a simulator's own task has",
     )
+    observe: Literal["images", "state", "relative"] = Field(
+        "images",
+        description="how things are seen: by cameras, or without any by their measured poses, in the arm's frame or "
+        "from the hand (privileged on a real arm, unless something measures them)",
+    )
     image_size: int = Field(64, ge=16, le=512, description="height and width of each image, pixels")
     chunk: int = Field(4, ge=1, le=64, description="C, control steps in an action chunk")
     instruction: str | None = Field(

@@ -32,6 +32,7 @@ def make_env(
     region: str = "id",
     max_steps: int | None = None,
     instruction: str | None = None,
+    observe: str = "images",
 ) -> Env:
     """`num_envs` environments of `task` in the simulator `backend`.
 
@@ -41,6 +42,8 @@ def make_env(
     otherwise, one of the task's or of `regions`, {name: {thing: {"x": [low, high], "y": ..., "yaw": ...}}}.
     `device` ("cpu" or "cuda") traces the images, and is where everything happens with the backend "mujoco-warp";
     `threads` are the physics' and the CPU tracer's. `render=False` leaves images out.
+    `observe` says how things are seen: by "images", or by their measured poses in `observation.state`, in the base
+    frame ("state") or from the hand ("relative"), without cameras (`twins.observe`).
     `options` go to the backend; one that brings its own tasks decides about their reward, regions and randomisation
     itself. `cameras` are the task's when absent. `python` is the interpreter in which the simulator runs, as a
     process of its own; `options["worker"]` says more about that process, or where one was started by hand
@@ -52,8 +55,8 @@ def make_env(
     options, worker = _split(options, python)
     if worker and found.is_simulation and found.environment != TWIN_ENV:
         raise ValueError(f"backend {backend!r} keeps its states on the device, in our own process")
-    if found.is_simulation and cameras is None:
-        cameras = CAMERAS
+    if found.is_simulation:
+        cameras = _cameras(cameras, observe)
     common: dict[str, Any] = {
         "seed": seed,
         "image_size": image_size,
@@ -63,7 +66,13 @@ def make_env(
         "instruction": instruction,
     }
     if not found.is_simulation:
-        _refuse(backend, variant=variant != "twin", reward=reward, regions=regions)
+        _refuse(
+            backend,
+            variant=variant != "twin",
+            reward=reward,
+            regions=regions,
+            observe=observe != "images",
+        )
         return found.load(worker)(task, num_envs, device=device, **common, **options)
 
     from functools import partial
@@ -82,6 +91,7 @@ def make_env(
         randomisation=randomisation,
         reward=reward,
         regions=regions,
+        observe=observe,
         **common,
     )
 
@@ -94,6 +104,7 @@ def describe(
     backend: str = "mujoco",
     options: dict[str, Any] | None = None,
     python: str | None = None,
+    observe: str = "images",
 ) -> EnvSpec:
     """What `make_env` would make, without making it where the task is ours."""
     from twins.backends import find_backend
@@ -101,6 +112,7 @@ def describe(
     found = find_backend(backend)
     options, worker = _split(options, python)
     if not found.is_simulation:
+        _refuse(backend, observe=observe != "images")
         env = found.load(worker)(task, 1, cameras=cameras, image_size=image_size, **options)
         try:
             return env.spec
@@ -110,7 +122,18 @@ def describe(
     from twins.env import spec_of
     from twins.tasks import make_task
 
-    return spec_of(make_task(task), CAMERAS if cameras is None else cameras, image_size)
+    return spec_of(make_task(task), _cameras(cameras, observe), image_size, observe=observe)
+
+
+def _cameras(cameras: tuple[str, ...] | None, observe: str) -> tuple[str, ...]:
+    """The cameras of an environment of ours; poses are observed instead of images."""
+    if observe == "images":
+        return CAMERAS if cameras is None else tuple(cameras)
+    if cameras:
+        raise ValueError(
+            f"observe is {observe!r}, which has no cameras, but cameras are {tuple(cameras)}"
+        )
+    return ()
 
 
 def _split(
@@ -128,6 +151,7 @@ def _refuse(backend: str, **given: Any) -> None:
         "variant": "has no stand-in for a real robot (variant)",
         "reward": "decides about its reward itself (task.reward)",
         "regions": "has regions of its own (task.regions)",
+        "observe": "decides about its observation itself (task.observe)",
     }
     wrong = [reasons[name] for name, value in given.items() if value]
     if wrong:

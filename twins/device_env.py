@@ -17,6 +17,7 @@ from twinrl.env import ACTION_DIM, PRIVILEGED, STATE, ChunkStep, Observation, im
 from twins import control, rotation
 from twins.device_worlds import DeviceWorlds
 from twins.env import ACTION_STREAM, MAX_SHIFT, MAX_TURN, STATE_STREAM, SUCCESS, TwinEnv
+from twins.observe import seed_of_thing
 from twins.snapshot import Snapshot
 
 log = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class DeviceTwinEnv(TwinEnv):
         self._target, self._turn = wp.to_torch(controller.target), wp.to_torch(controller.turn)
         self._executed, self._goal = wp.to_torch(controller.executed), wp.to_torch(controller.goal)
         self._opening = wp.to_torch(controller.opening)
-        self._state_noise, self._action_noise = zeros(), zeros()
+        self._state_noise, self._action_noise, self._pose_noise = zeros(), zeros(), zeros()
         self._drawn_noise = zeros(6)
         self._seeds, self._steps = zeros(dtype=torch.int32), zeros(dtype=torch.int32)
         self._latency = zeros(dtype=torch.int32)
@@ -70,8 +71,9 @@ class DeviceTwinEnv(TwinEnv):
         }
         pixels = self.image_size, self.image_size, 3
         self._images = {name: zeros(*pixels, dtype=torch.uint8) for name in self.cameras}
+        self._measured = wp.to_torch(self._controller.state)
         buffers = {
-            STATE: wp.to_torch(self._controller.state),
+            STATE: zeros(self.state_dim) if self.poses.names else self._measured,
             PRIVILEGED: zeros(self.privileged_dim),
             **{image_key(name): images for name, images in self._images.items()},
         }
@@ -100,10 +102,14 @@ class DeviceTwinEnv(TwinEnv):
         ]
         whole = torch.from_numpy(np.array(whole, np.int64)).to(self.device)
         rows = whole[0]
-        spreads = [[draw[name] for draw in draws] for name in ("state_noise", "action_noise")]
+        names = "state_noise", "action_noise", "pose_noise"
+        spreads = [[draw.get(name, 0.0) for draw in draws] for name in names]
         spreads = torch.from_numpy(np.array(spreads, np.float32)).to(self.device)
         self._latency[rows], self._seeds[rows] = whole[1].int(), whole[2].int()
-        self._state_noise[rows], self._action_noise[rows] = spreads[0], spreads[1]
+        for field, values in zip(
+            (self._state_noise, self._action_noise, self._pose_noise), spreads, strict=True
+        ):
+            field[rows] = values
         self._steps[rows] = 0
         flags = self._terminated, self._truncated, self._success, self._invalid, self._refused
         for field in (*flags, *self._memory.values()):
@@ -274,10 +280,20 @@ class DeviceTwinEnv(TwinEnv):
         control.noise(seeds, steps, spread, stream, drawn)
         return drawn
 
+    def _error(self, k: int) -> Tensor:
+        seeds = seed_of_thing(self._seeds, k)
+        control.noise(seeds, self._steps, self._pose_noise, STATE_STREAM, self._drawn_noise)
+        return self._drawn_noise
+
     def _write_vectors(self, who: Tensor, now: Snapshot) -> None:
         with self.simulation.here():
             unseen = self._noise(self._state_noise, STATE_STREAM)
             self._controller.observe_all(now.tcp, now.tcp_turn, now.width, who, unseen)
+            if self.poses.names:
+                seen = self.poses.read(now, self._measured[:, :3], self._error)
+                whole = torch.cat([self._measured, seen], dim=1)
+                kept = self._observation[STATE]
+                kept.copy_(torch.where(who[:, None], whole, kept))
         known = self._observation[PRIVILEGED]
         known.copy_(torch.where(who[:, None], self.task.privileged(now), known))
 

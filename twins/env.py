@@ -13,10 +13,11 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from twinrl.env import ACTION_DIM, PRIVILEGED, STATE, ChunkStep, EnvSpec, Observation, image_key
-from twins import kinematics, randomise, rotation, scene
+from twins import errands, kinematics, randomise, rotation, scene
 from twins.backends.contract import Simulation, SimulationLost
 from twins.control import Controller, seed_of
 from twins.kinematics import MAX_SHIFT, MAX_TURN
+from twins.observe import STATE_NAMES, Poses, seed_of_thing
 from twins.regions import ALL, check_region, draw, make_regions
 from twins.snapshot import Snapshot
 from twins.tasks.task import Task
@@ -28,15 +29,6 @@ SUCCESS = "success"  # the reward's sparse term
 ACTION_STREAM, STATE_STREAM = 0, 1  # of the noise
 FARTHEST, FASTEST = 10.0, 1000.0  # m, m/s or rad/s: beyond these a simulation has diverged
 MakeSimulation = Callable[..., Simulation]
-
-STATE_NAMES = (
-    *("tcp_x", "tcp_y", "tcp_z"),
-    *("tcp_turn_x", "tcp_turn_y", "tcp_turn_z"),
-    "gripper_width",
-    *("lead_x", "lead_y", "lead_z", "lead_turn_x", "lead_turn_y", "lead_turn_z"),
-    *(f"last_action_{i}" for i in range(ACTION_DIM)),
-    *(f"earlier_action_{i}" for i in range(ACTION_DIM)),
-)
 
 
 def clip_action(action: np.ndarray) -> np.ndarray:
@@ -51,31 +43,16 @@ def clip_action(action: np.ndarray) -> np.ndarray:
     )
 
 
-def state_vector(
-    now: Snapshot, target: np.ndarray, turn: np.ndarray, actions: np.ndarray
-) -> np.ndarray:
-    """`observation.state` (n, S) of measured poses, commanded poses and the last two actions (n, 2, 7).
-
-    Angles are rotation vectors in rad, `tcp_turn` from the hand pointing down; lengths are in m. In an episode
-    the same is computed by `control.Controller.observe`.
-    """
-    columns = [
-        now.tcp,
-        rotation.log(now.tcp_turn @ kinematics.DOWN.T),
-        now.width[:, None],
-        target - now.tcp,
-        rotation.log(turn @ now.tcp_turn.swapaxes(1, 2)),
-        actions.reshape(len(actions), -1),
-    ]
-    return np.concatenate(columns, axis=1)
-
-
 def spec_of(
-    task: Task, cameras: tuple[str, ...], image_size: int, max_steps: int | None = None
+    task: Task,
+    cameras: tuple[str, ...],
+    image_size: int,
+    max_steps: int | None = None,
+    observe: str = "images",
 ) -> EnvSpec:
     """What `TwinEnv` will be, without a simulator."""
     return EnvSpec(
-        state_names=STATE_NAMES,
+        state_names=STATE_NAMES + Poses(task, observe).names,
         privileged_names=tuple(task.privileged_names),
         cameras=tuple(cameras),
         image_size=image_size,
@@ -97,8 +74,6 @@ class TwinEnv(VectorEnv):
 
     metadata = {"autoreset_mode": AutoresetMode.DISABLED, "render_modes": []}  # noqa: RUF012
 
-    state_names = STATE_NAMES
-    state_dim = len(STATE_NAMES)
     control_hz = scene.CONTROL_HZ
 
     def __init__(
@@ -117,6 +92,7 @@ class TwinEnv(VectorEnv):
         region: str = "id",
         max_steps: int | None = None,
         instruction: str | None = None,
+        observe: str = "images",
     ):
         """`make_simulation(task, num_envs, cameras=, image_size=)` gives the simulator; see `twins.make_env`."""
         if num_envs < 1:
@@ -133,7 +109,9 @@ class TwinEnv(VectorEnv):
         self.variant = variant
         self.randomisation = randomise.scales(randomisation, task.randomisation)
         self.cameras, self.image_size = tuple(cameras), image_size
-        self.spec = spec_of(task, self.cameras, image_size, max_steps)
+        self.spec = spec_of(task, self.cameras, image_size, max_steps, observe)
+        self.poses, self.state_names = Poses(task, observe), self.spec.state_names
+        self.state_dim = len(self.state_names)
         self.instruction, self.max_steps = instruction or self.spec.instruction, self.spec.max_steps
         self.privileged_names = task.privileged_names
         self.privileged_dim = len(task.privileged_names)
@@ -174,7 +152,7 @@ class TwinEnv(VectorEnv):
         self._controller = Controller(count)
         # Of each episode: where its noise comes from, and how strong it is.
         self._seeds = np.zeros(count, np.int32)
-        self._state_noise, self._action_noise = np.zeros((2, count), np.float32)
+        self._state_noise, self._action_noise, self._pose_noise = np.zeros((3, count), np.float32)
         self._steps = np.zeros(count, np.int32)
         # Nothing can be stepped before its first reset.
         self._terminated, self._truncated = np.ones(count, bool), np.zeros(count, bool)
@@ -269,6 +247,7 @@ class TwinEnv(VectorEnv):
         self._controller.begin(ids, self.simulation.joints(ids), latency)
         self._state_noise[ids] = [draw["state_noise"] for draw in draws]
         self._action_noise[ids] = [draw["action_noise"] for draw in draws]
+        self._pose_noise[ids] = [draw.get("pose_noise", 0.0) for draw in draws]
         self._seeds[ids] = [seed_of(configuration["seed"]) for configuration in configurations]
         self._steps[ids] = 0
         for flags in (self._terminated, self._truncated, self._success, self._invalid):
@@ -378,6 +357,14 @@ class TwinEnv(VectorEnv):
             return None
         return self._controller.noise(self._seeds[ids], self._steps[ids], strength, stream)
 
+    def _error(self, ids: np.ndarray, k: int) -> np.ndarray | None:
+        """Noise (n, 6) of this step's measured pose of thing k; None where there is none."""
+        strength = self._pose_noise[ids]
+        if not strength.any():
+            return None
+        seeds = seed_of_thing(self._seeds[ids], k)
+        return self._controller.noise(seeds, self._steps[ids], strength, STATE_STREAM)
+
     def _judge(self, ids: np.ndarray, now: Snapshot, gripper: np.ndarray) -> None:
         """Success, reward and ending of the step that led to `now`."""
         success = self.task.success(now, gripper)
@@ -410,7 +397,10 @@ class TwinEnv(VectorEnv):
     def _write_vectors(self, ids: np.ndarray, now: Snapshot) -> None:
         unseen = self._noise(ids, self._state_noise, STATE_STREAM)
         state = self._controller.observe(ids, now.tcp, now.tcp_turn, now.width, unseen)
-        self._observation[STATE][ids] = state
+        self._observation[STATE][ids, : len(STATE_NAMES)] = state
+        if self.poses.names:
+            seen = self.poses.read(now, state[:, :3], lambda k: self._error(ids, k))
+            self._observation[STATE][ids, len(STATE_NAMES) :] = seen
         self._observation[PRIVILEGED][ids] = self.task.privileged(now)
 
     def _write_images(self, ids: np.ndarray) -> None:

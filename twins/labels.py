@@ -10,8 +10,9 @@ import numpy as np
 
 from twins import arm, kinematics, randomise, regions, rotation
 from twins.backends.mujoco_cpu import MujocoSimulation
-from twins.env import TwinEnv, state_vector
+from twins.env import TwinEnv
 from twins.kinematics import BOX
+from twins.observe import state_vector
 from twins.snapshot import Snapshot
 from twins.tasks.task import Task
 

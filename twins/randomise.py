@@ -29,6 +29,7 @@ CHANGES = (
     "colour",
     "state_noise",
     "action_noise",
+    "pose_noise",
 )
 PRESETS = {
     "none": {name: float(name in RESETS) for name in CHANGES},
@@ -40,6 +41,7 @@ CAMERA_SHIFT = {"side": 0.03, "wrist": 0.01}  # m; the wrist camera is bolted on
 CAMERA_TURN = math.radians(3.0)
 STATE_NOISE = 0.004  # m, standard deviation of a measured tool position
 ACTION_NOISE = 0.003  # m, standard deviation of an unseen disturbance of each commanded step
+POSE_NOISE = 0.004  # m, standard deviation of a measured pose of a thing, where poses are observed
 LAMP_TILT = 0.25
 # How far each colour channel may move; a task's things say it themselves.
 COLOURS = {"table": 0.15, "floor": 0.15, "arm": 0.08}
@@ -56,6 +58,7 @@ TWIN: dict[str, Any] = {
     "thing_colours": [[0.0] * 3],
     "state_noise": 0.0,
     "action_noise": 0.0,
+    "pose_noise": 0.0,
 }
 # The stand-in for reality: wrong in every respect, and everywhere within the ranges above.
 STANDIN: dict[str, Any] = {
@@ -77,6 +80,7 @@ STANDIN: dict[str, Any] = {
     "thing_colours": [[-0.05, -0.04, 0.03], [0.05, -0.05, -0.06]],  # of its things, in turn
     "state_noise": 0.003,
     "action_noise": 0.001,
+    "pose_noise": 0.004,
 }
 VARIANTS = {"twin": TWIN, "standin": STANDIN}
 
@@ -145,7 +149,7 @@ def draw(
         cameras[name] = [
             c + scale["camera"] * moved for c, moved in zip(centre, offsets, strict=True)
         ]
-    numbers = iter(rng.random(3 * len(ranges) + 8).tolist())
+    numbers = iter(rng.random(3 * len(ranges) + 9).tolist())
 
     def uniform(low: float, high: float) -> float:
         return low + (high - low) * next(numbers)
@@ -171,4 +175,5 @@ def draw(
         "colours": colours,
         "state_noise": within("state_noise", 0.0, STATE_NOISE, nominal["state_noise"]),
         "action_noise": within("action_noise", 0.0, ACTION_NOISE, nominal["action_noise"]),
+        "pose_noise": within("pose_noise", 0.0, POSE_NOISE, nominal["pose_noise"]),
     }

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from twins import kinematics, rotation
-from twins.env import STATE_NAMES, TwinEnv, clip_action
+from twins.env import TwinEnv, clip_action
+from twins.observe import STATE_NAMES
 from twins.snapshot import Snapshot
 from twins.tasks.task import Task
 

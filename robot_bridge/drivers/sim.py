@@ -28,7 +28,7 @@ class SimDriver(Driver):
         self._env: Any = None
 
     def connect(self, job: Job) -> None:
-        """Build the simulation with the job's cameras."""
+        """Build the simulation with the job's cameras, or without any where the job observes poses."""
         try:
             from twins import make_env
         except ImportError as error:
@@ -42,6 +42,7 @@ class SimDriver(Driver):
             seed=self._seed,
             image_size=job.schema.image_size,
             cameras=tuple(job.schema.cameras),
+            observe=job.observe,
             threads=self._threads,
             max_steps=job.max_steps or None,
         )
