@@ -152,10 +152,12 @@ class Bridge:
         configuration = self._driver.reset(start["configuration"], start["region"])
         self._clock.spend("reset", self._driver.reset_seconds)
         region = str(configuration.get("region", start["region"]))
+        # What is asked in this episode, where that differs between episodes; else the job's.
+        instruction = str(configuration.get("instruction", self._job.instruction))
         header = {
             "source": "real",
             "task": self._job.task,
-            "instruction": self._job.instruction,
+            "instruction": instruction,
             "region": region,
             "configuration": configuration,
             "episode": episode,
@@ -165,7 +167,7 @@ class Bridge:
         }
         recorder = Recorder(header, self._settings.codec)
         self._operator.begin()
-        self._pilot.begin(episode, start["parameters"])
+        self._pilot.begin(episode, start["parameters"], instruction)
         self._held_since = None
         try:
             keep = self._control(recorder)

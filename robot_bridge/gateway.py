@@ -187,7 +187,7 @@ class Gateway:
             "robot": robot.name,
             "episode": arguments.text(args, "episode"),
             "step": arguments.integer(args, "step"),
-            "instruction": self.job.instruction,
+            "instruction": arguments.text(args, "instruction", self.job.instruction),
             "parameters": arguments.mapping({"parameters": {}, **args}, "parameters"),
         }
         return self._desk.ask(robot.name, header, single, _seconds(args))

@@ -36,11 +36,12 @@ class Pilot:
         self._link, self._codec = link, codec
         self._period_s, self._watchdog_s, self._stale_s = period_s, watchdog_s, stale_s
         self.latency_ms = 0.0  # from the question to the chunk, smoothed
-        self.begin("", {})
+        self.begin("", {}, "")
 
-    def begin(self, episode: str, parameters: dict[str, Any]) -> None:
-        """A new episode with the parameters of its start."""
+    def begin(self, episode: str, parameters: dict[str, Any], instruction: str) -> None:
+        """A new episode with the parameters of its start, and what is asked in it."""
         self._episode, self._parameters, self._plans = episode, parameters, 0
+        self._instruction = instruction
         self.drop()
 
     def drop(self) -> None:
@@ -75,6 +76,7 @@ class Pilot:
             "episode": self._episode,
             "step": step,
             "parameters": self._parameters,
+            "instruction": self._instruction,
             "codec": self._codec,
             "timeout": POLL,
         }

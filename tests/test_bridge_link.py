@@ -258,6 +258,22 @@ def test_starts_results_and_parameters(stage):
     wait_until(lambda: stage.replay.segments, 10, "practice that is recorded")
 
 
+def test_an_episode_may_ask_for_something_of_its_own(stage):
+    """What a start's configuration asks for reaches policy and record; without, the job's text does."""
+    stage.act(action=(0.03, 0.03, -0.03))
+    starts = [{"start": [0.5, 0.0, 0.2], "instruction": "go left"}, {"start": [0.5, 0.1, 0.2]}]
+    stage.link.set_configurations(starts, "each")
+    stage.attach("--speed", "50")
+    segments = wait_until(
+        lambda: stage.replay.segments if len(stage.replay.segments) >= 2 else None, 15, "2 episodes"
+    )
+    told = {segment.header["episode"]: segment.header["instruction"] for segment in segments}
+    assert sorted(told.values()) == ["go left", "go there"]
+    for request in stage.policy.seen:
+        assert request.instruction == told.get(request.episode, request.instruction)
+    assert {request.instruction for request in stage.policy.seen} == {"go left", "go there"}
+
+
 def test_takeover_is_flagged(stage):
     """The operator's steps are marked, the policy's wish is kept beside them, and its chunk is not called whole."""
     stage.act()
