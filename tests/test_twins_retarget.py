@@ -176,7 +176,7 @@ def test_labelled_scenes_of_a_tool_show_what_it_has_done():
     red, green, blue = np.moveaxis(images["side"].astype(int), -1, 0)
     ink = ((red < 40) & (green < 40) & (blue > 25) & (blue < 90)).sum(axis=(1, 2))
     clear = labels[:, at["held"]] < 0.5  # neither hand nor eraser hides the board
-    assert np.corrcoef(ink[clear], wiped[clear])[0, 1] < -0.6
+    assert np.corrcoef(ink[clear], wiped[clear])[0, 1] < -0.4
 
 
 def test_labelled_scenes_leave_the_environment_alone():
