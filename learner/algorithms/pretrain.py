@@ -6,7 +6,7 @@ random light, colours and cameras takes a real scene for one more draw.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,12 +40,17 @@ class Pretrain:
         config: PretrainConfig,
         observation: Mapping[str, np.ndarray],
         labels: np.ndarray,
-        instruction: str,
+        instruction: str | Sequence[str],
         seed: int = 0,
     ) -> None:
-        """`observation`: images (N, H, W, 3) uint8, state (N, S); `labels` (N, pose_dim) physical units."""
-        self.policy, self.config, self.instruction = policy, config, instruction
+        """`observation`: images (N, H, W, 3) uint8, state (N, S); `labels` (N, pose_dim) physical units.
+
+        `instruction` is what is asked in all scenes, or in each: labels may depend on it.
+        """
+        self.policy, self.config = policy, config
+        self.instruction = instruction if isinstance(instruction, str) else np.array(instruction)
         self.step = 0
+        distributed.broadcast(policy.state_dict().values())
         self.labels = torch.as_tensor(labels, dtype=torch.float32)
         keys = (STATE, *map(image_key, policy.cameras))
         self.observation = {key: torch.as_tensor(observation[key]) for key in keys}
@@ -68,7 +73,7 @@ class Pretrain:
         """One gradient step on a random batch; with several ranks on this rank's share of it."""
         rows = torch.randint(len(self.labels), (self.config.batch,), generator=self._generator)
         own = distributed.share(rows)
-        features = self._features(self.observation, own)
+        features = self._features(self.observation, self.instruction, own)
         target = self.policy.pose_normaliser(self.labels[own].to(self.policy.device))
         loss = functional.mse_loss(self.policy.predict_pose(features), target)
         loss = loss * (len(own) * distributed.size() / len(rows))
@@ -76,19 +81,32 @@ class Pretrain:
         self.step += 1
         return {"pose_loss": float(loss.detach()), "gradient_norm": norm}
 
-    def _features(self, observation: Mapping[str, torch.Tensor], rows: Any) -> torch.Tensor:
+    def _features(
+        self, observation: Mapping[str, torch.Tensor], instruction: str | np.ndarray, rows: Any
+    ) -> torch.Tensor:
         """Features of the scenes `rows`, on the policy's device."""
         seen = {key: value[rows].to(self.policy.device) for key, value in observation.items()}
-        return self.policy.encode(seen, self.instruction)
+        told = instruction if isinstance(instruction, str) else instruction[rows].tolist()
+        return self.policy.encode(seen, told)
 
     @torch.no_grad()
-    def errors(self, observation: Mapping[str, np.ndarray], labels: np.ndarray) -> np.ndarray:
-        """Root mean square error (pose_dim,) of held-out labels, in their own units."""
+    def errors(
+        self,
+        observation: Mapping[str, np.ndarray],
+        labels: np.ndarray,
+        instruction: str | Sequence[str] | None = None,
+    ) -> np.ndarray:
+        """Root mean square error (pose_dim,) of held-out labels, in their own units.
+
+        `instruction` as in the constructor; None where all scenes have the same.
+        """
+        told = self.instruction if instruction is None else instruction
+        told = told if isinstance(told, str) else np.array(told)
         seen = {key: torch.as_tensor(observation[key]) for key in self.observation}
         parts = []
         for start in range(0, len(labels), 128):
             rows = slice(start, start + 128)
-            pose = self.policy.predict_pose(self._features(seen, rows))
+            pose = self.policy.predict_pose(self._features(seen, told, rows))
             parts.append(
                 self.policy.pose_normaliser.inverse(pose).float().cpu().numpy() - labels[rows]
             )
