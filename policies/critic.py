@@ -35,15 +35,17 @@ class ChunkCritic(nn.Module):
         # One LayerNorm without parameters serves all members: each row is normalised by itself.
         self.hidden = hidden
 
-    def forward(self, features: Tensor, chunk: Tensor, mask: Tensor) -> Tensor:
-        """`features` (B, F), normalised `chunk` (B, C, 7), `mask` (B, C) of executed steps -> Q (E, B).
+    def forward(
+        self, features: Tensor, chunk: Tensor, mask: Tensor, members: Tensor | None = None
+    ) -> Tensor:
+        """`features` (B, F), normalised `chunk` (B, C, A), `mask` (B, C) of executed steps -> Q (E, B).
 
-        Steps that were not executed enter as zeros with their mask, whatever the chunk holds there.
+        Steps that were not executed enter as zeros with their mask, whatever the chunk holds there. `members` (M,)
+        int64: only these critics, -> (M, B).
         """
         mask = mask.to(features.dtype)
         x = torch.cat([features, (chunk * mask[..., None]).flatten(1), mask], dim=-1)
-        x = functional.gelu(
-            functional.layer_norm(self.first(x.expand(self.members, -1, -1)), (self.hidden,))
-        )
-        x = functional.gelu(functional.layer_norm(self.second(x), (self.hidden,)))
-        return self.last(x).squeeze(-1)
+        x = x.expand(self.members if members is None else len(members), -1, -1)
+        x = functional.gelu(functional.layer_norm(self.first(x, members), (self.hidden,)))
+        x = functional.gelu(functional.layer_norm(self.second(x, members), (self.hidden,)))
+        return self.last(x, members).squeeze(-1)

@@ -23,7 +23,10 @@ def fourier(t: Tensor, frequencies: int = 4) -> Tensor:
 
 
 class EnsembleLinear(nn.Module):
-    """E independent linear layers evaluated as one batched product: (E, B, I) -> (E, B, O)."""
+    """E independent linear layers evaluated as one batched product: (E, B, I) -> (E, B, O).
+
+    `members` (M,) int64 evaluates these alone: (M, B, I) -> (M, B, O).
+    """
 
     def __init__(self, members: int, inputs: int, outputs: int) -> None:
         super().__init__()
@@ -31,5 +34,7 @@ class EnsembleLinear(nn.Module):
         self.weight = nn.Parameter(torch.empty(members, inputs, outputs).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.zeros(members, 1, outputs))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.baddbmm(self.bias, x, self.weight)
+    def forward(self, x: Tensor, members: Tensor | None = None) -> Tensor:
+        if members is None:
+            return torch.baddbmm(self.bias, x, self.weight)
+        return torch.baddbmm(self.bias[members], x, self.weight[members])

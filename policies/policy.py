@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from policies.critic import ChunkCritic
 from policies.flow import FlowExpert, gaussian
 from policies.normalise import Normaliser
+from policies.one_step import OneStepActor
 from twinrl.env import ACTION_DIM, STATE, image_key
 
 GRIPPER = 6  # the action's last number: 0 closed .. 1 open
@@ -42,6 +43,7 @@ class Policy(nn.Module):
         integration_steps: int = 10,
         critics: int = 0,
         critic_hidden: int = 256,
+        one_step: bool = False,
     ) -> None:
         super().__init__()
         self.cameras = tuple(cameras)
@@ -52,6 +54,9 @@ class Policy(nn.Module):
             ChunkCritic(expert.summary_dim, chunk, action_dim, critics, critic_hidden)
             if critics
             else None
+        )
+        self.one_step = (
+            OneStepActor(expert.summary_dim, expert.dim, critic_hidden) if one_step else None
         )
         self.state_normaliser = Normaliser(state_dim)
         self.action_normaliser = Normaliser(action_dim)
@@ -139,6 +144,22 @@ class Policy(nn.Module):
         x = self.flow.integrate(features, noise, steps or self.integration_steps)
         return x.view(-1, self.chunk, self.action_dim)
 
+    def sample_one_step(
+        self,
+        features: Tensor,
+        noise: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The one-step actor's normalised chunk (B, C, A), not clipped: a function of `features` and `noise` (B, D)."""
+        if noise is None:
+            noise = gaussian((len(features), self.flow.dim), features, generator)
+        return self.one_step(self.summary(features), noise).view(-1, self.chunk, self.action_dim)
+
+    def clip(self, chunk: Tensor) -> Tensor:
+        """Normalised (..., A) within what may be executed, still normalised."""
+        low, high = map(self.action_normaliser, (self.action_low, self.action_high))
+        return torch.clamp(chunk, low, high)
+
     def sample_path(
         self, features: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -168,7 +189,7 @@ class Policy(nn.Module):
         values = values.view(-1, batch, candidates)  # (E, B, N)
         best = (values - values[:, :, :1]).amin(0).argmax(1)
         return chunks.view(batch, candidates, self.chunk, self.action_dim)[
-            torch.arange(batch), best
+            torch.arange(batch, device=chunks.device), best
         ]
 
     def physical(self, chunk: Tensor) -> Tensor:
@@ -187,11 +208,17 @@ class Policy(nn.Module):
 
         `explore`: draw from the stochastic policy; info holds `path` (N, K+1, D) and `log_prob` (N,) float32.
         Otherwise integrate without noise, choosing among `candidates` chunks where that is above 1.
+        Where the one-step actor is active it acts in either case, and exploring adds its own noise; info is empty.
         """
         tensors = self.to_tensors(observation)
         features = self.encode(tensors, instruction)
         info = {}
-        if explore:
+        if self.one_step is not None and self.one_step.active:
+            chunk = self.sample_one_step(features, generator=generator)
+            if explore:
+                noise = gaussian(tuple(chunk.shape), chunk, generator)
+                chunk = chunk + self.one_step.exploration * noise
+        elif explore:
             path, log_prob = self.sample_path(features, generator)
             chunk = path[:, -1].view(-1, self.chunk, self.action_dim)
             info = {"path": path.cpu().numpy(), "log_prob": log_prob.cpu().numpy()}

@@ -1,4 +1,4 @@
-"""SFT, pretraining, PPOFlow and chunk-Q on a policy small enough to train in seconds."""
+"""SFT, pretraining and PPOFlow on a policy small enough to train in seconds."""
 
 import copy
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from learner.algorithms.chunk_q import ChunkQ, ChunkQConfig
 from learner.algorithms.ppoflow import PPOFlow, PPOFlowConfig
 from learner.algorithms.pretrain import Pretrain, PretrainConfig
 from learner.algorithms.sft import SFT, ImitationData, SFTConfig
@@ -214,122 +213,6 @@ def test_lagging_data_get_a_truncated_weight(policy):
     assert abs(metrics["first_kl"]) < 1e-5  # the clip is centred on the proximal policy
 
 
-def test_chunk_targets_closed_form(policy):
-    """y = sum gamma^i r_i + gamma^L Q', no bootstrap past an end, masked rewards ignored, clamped."""
-    config = ChunkQConfig(gamma=0.9, reward_bounds=(-1.0, 2.0))
-    algorithm = ChunkQ(policy, config, FeatureCache(policy, "go"))
-    for parameter in algorithm.target.parameters():
-        parameter.zero_()
-    algorithm.target.last.bias.fill_(0.5)  # Q' = 0.5 everywhere
-    batch = {
-        "step_mask": np.array(
-            [[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0], [1] * 4], bool
-        ),
-        "reward": np.array(
-            [[0, 0, 0, 1], [0, 0.5, 7, 7], [0, 0, 0, 0], [1, 0, 0, 0], [9] * 4], np.float32
-        ),
-        "steps": np.array([4, 2, 4, 1, 4]),
-        "terminated": np.array([0, 0, 0, 1, 0], bool),
-        "truncated": np.array([0, 0, 1, 0, 0], bool),
-    }
-    features = torch.zeros(5, *policy.feature_shape)
-    expected = [0.9**3 + 0.9**4 * 0.5, 0.45 + 0.81 * 0.5, 0.0, 1.0, 2.0]
-    np.testing.assert_allclose(algorithm.targets(batch, features), expected, rtol=1e-5)
-    through = ChunkQ(
-        policy,
-        ChunkQConfig(gamma=0.9, timeout_is_terminal=False, step_cost=0.01),
-        FeatureCache(policy, "go"),
-    )
-    through.target = algorithm.target
-    cost = 0.01 * (1 + 0.9 + 0.81 + 0.729)
-    assert float(through.targets(batch, features)[2]) == pytest.approx(
-        0.9**4 * 0.5 - cost, rel=1e-4
-    )
-
-
-def test_critics_fit_a_known_chain(policy):
-    """On a two-state chain that ends with reward 1, values approach gamma^4 and 1."""
-    rng = np.random.default_rng(0)
-    config = ChunkQConfig(gamma=0.9, critic_learning_rate=3e-3, tau=0.05)
-    policy.action_normaliser.scale.fill_(1.0)
-    algorithm = ChunkQ(policy, config, FeatureCache(policy, "go"))
-    rows = 32
-    last = np.arange(rows) % 2 == 1
-    state = np.where(last[:, None], 1.0, -1.0).repeat(STATE, 1).astype(np.float32)
-    batch = {
-        **make_batch(rows),
-        "observation.state": state,
-        "next.observation.state": np.ones((rows, STATE), np.float32),
-        "step_mask": np.ones((rows, C), bool),
-        "steps": np.full(rows, C),
-        "reward": np.where(last[:, None], [[1.0, 0, 0, 0]], 0.0).astype(np.float32),
-        "terminated": last,
-        "truncated": np.zeros(rows, bool),
-        "observation.id": np.arange(rows),
-        "next.observation.id": np.arange(rows, 2 * rows),
-    }
-    for _ in range(400):
-        metrics = algorithm.update({**batch, "action": rng.normal(size=(rows, C, 7))})
-    features = algorithm.cache.lookup(batch)
-    with torch.no_grad():
-        chunk = torch.as_tensor(batch["action"], dtype=torch.float32)
-        value = policy.value(features, chunk).numpy()
-    assert value[last].mean() == pytest.approx(1.0, abs=0.1)
-    assert value[~last].mean() == pytest.approx(0.9**4, abs=0.1)
-    assert metrics["critic_loss"] < 0.02
-
-
-def test_steps_that_were_not_executed_do_not_reach_the_critic(policy):
-    """Whatever a chunk holds beyond its mask, the value is the same."""
-    features = torch.randn(3, *policy.feature_shape)
-    mask = torch.tensor([[1.0, 1, 0, 0]]).repeat(3, 1)
-    chunk = torch.randn(3, C, 7)
-    other = chunk.clone()
-    other[:, 2:] = 99.0
-    torch.testing.assert_close(
-        policy.critic(features, chunk, mask), policy.critic(features, other, mask)
-    )
-    assert policy.critic(features, chunk, mask).shape == (4, 3)
-
-
-def test_actor_waits_then_follows_imitation(policy):
-    """The acting flow moves only after the critic's warm-up, and candidates are switched on."""
-    data = ImitationData(policy, make_windows(40), {"demo": 1.0})
-    algorithm = ChunkQ(
-        policy, ChunkQConfig(actor_warmup=2, actor_every=1), FeatureCache(policy, "go")
-    )
-    assert int(policy.candidates) == 1
-    before = [parameter.clone() for parameter in policy.flow.parameters()]
-    algorithm.update(make_batch(8), data)
-    algorithm.update(make_batch(8), data)
-    assert all(map(torch.equal, before, policy.flow.parameters()))
-    metrics = algorithm.update(make_batch(8), data)
-    assert "imitation_loss" in metrics and metrics["drift"] < 1e-9
-    assert int(policy.candidates) == 4
-    assert not all(map(torch.equal, before, policy.flow.parameters()))
-
-
-def test_the_anchor_keeps_the_policy_where_nobody_corrected_it(policy):
-    """With the anchor the policy drifts less from where it started; a person's windows do not hold it."""
-    data = ImitationData(policy, make_windows(40), {"demo": 1.0})
-    drifts = {}
-    for name, anchor, taken in (("free", 0.0, 0), ("anchored", 30.0, 0), ("person", 30.0, 1)):
-        config = ChunkQConfig(
-            actor_warmup=0, actor_every=1, anchor=anchor, actor_learning_rate=1e-3
-        )
-        algorithm = ChunkQ(copy.deepcopy(policy), config, FeatureCache(policy, "go"))
-        batch = {**make_batch(16), "intervention": np.full((16, C), taken, bool)}
-        for _ in range(40):
-            algorithm.update(batch, data)
-        features = algorithm.cache.lookup(batch)
-        noise = torch.randn(16, 28, generator=torch.Generator().manual_seed(0))
-        with torch.no_grad():
-            moved = algorithm.actor.integrate(features, noise, 2)
-            drifts[name] = float((moved - algorithm.reference.integrate(features, noise, 2)).std())
-    assert drifts["anchored"] < 0.6 * drifts["free"]
-    assert drifts["person"] == pytest.approx(drifts["free"], rel=0.5)
-
-
 def test_cache_encodes_each_observation_once(policy):
     """Lookups by id agree with encoding, and repeat without it."""
     cache = FeatureCache(policy, "go")
@@ -346,24 +229,19 @@ def test_cache_encodes_each_observation_once(policy):
     assert not torch.equal(before, cache.lookup(batch))
 
 
-@pytest.mark.parametrize("name", ["sft", "ppo", "chunk_q"])
+@pytest.mark.parametrize("name", ["sft", "ppo"])
 def test_resume_repeats_the_run_bit_for_bit(policy, name):
     """State saved after one update and loaded into a new object continues identically."""
 
     def build(own):
         if name == "sft":
             return SFT(own, SFTConfig(steps=10, batch=16, warmup=2), make_windows(30))
-        if name == "ppo":
-            return PPOFlow(own, PPOFlowConfig(critic_warmup=0, minibatch=8), PRIVILEGED)
-        return ChunkQ(own, ChunkQConfig(actor_warmup=0, actor_every=1), FeatureCache(own, "go"))
+        return PPOFlow(own, PPOFlowConfig(critic_warmup=0, minibatch=8), PRIVILEGED)
 
     def step(algorithm, number):
         if name == "sft":
             return algorithm.update()
-        if name == "ppo":
-            return algorithm.update(make_segments(algorithm.policy, 4, seed=number), version=0)
-        data = ImitationData(algorithm.policy, make_windows(20), {"demo": 1.0})
-        return algorithm.update(make_batch(8, seed=number), data)
+        return algorithm.update(make_segments(algorithm.policy, 4, seed=number), version=0)
 
     first = build(policy)
     step(first, 0)

@@ -1,12 +1,15 @@
-"""Off-policy RL on executed action chunks: Q-chunking's critic (Li et al. 2025) in RLPD's setting.
+"""Off-policy RL on mixed sources over action chunks: imitation where people showed something, critics for the rest.
 
-    y = sum_i gamma^i r_i + gamma^L * min_2 Q'(o', A'),   A' ~ flow policy,   clamped to what the reward allows
+Three parts, one file each where they have a paper of their own:
 
-The actor is the flow policy itself: cloned from demonstrations, takeovers and successes, anchored to the policy it
-started from, and improved at acting time by choosing the best of N of its chunks under the critic. No gradient of the
-critic enters the policy, so an over-estimated action can mislead a choice among plausible chunks, but not invent one.
+- critics of executed chunks, whoever decided them (learner/algorithms/chunk_critic.py: RLPD, Q-chunking, Cal-QL);
+- the flow policy, cloned from demonstrations, takeovers and successes, anchored to the policy it started from:
 
-    L_actor = L_flow(imitation) + w * E || ODE(o, x_0) - ODE_start(o, x_0) ||^2   over observations no person acted on
+      L_flow = L_matching(imitation) + w * E || ODE(o, z) - ODE_start(o, z) ||^2   over observations no person acted on
+
+- what acts, better than the flow policy by the critics (learner/algorithms/improvement.py: best of N, or one step).
+
+Without critics, `improvement` "none", what remains is HG-DAgger (Kelly et al. 2019): cloning of takeovers as they come.
 """
 
 from __future__ import annotations
@@ -18,173 +21,155 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from learner.algorithms.chunk_critic import ChunkCritics, CriticConfig, Executed
+from learner.algorithms.improvement import IMPROVEMENTS, Improvement, ImprovementConfig
 from learner.algorithms.sft import ImitationData
 from learner.features import FeatureCache
+from learner.optimiser import Optimiser
+from policies.flow import gaussian
 from policies.policy import Policy
 
 
 @dataclass(frozen=True)
-class ChunkQConfig:
-    """Settings of the chunk critic and its actor."""
+class ChunkQConfig(CriticConfig, ImprovementConfig):
+    """Settings of all parts."""
 
-    gamma: float = 0.99  # per control step
-    step_cost: float = 0.0  # subtracted from the reward of each executed step
-    reward_bounds: tuple[float, float] = (
-        0.0,
-        1.0,
-    )  # smallest and largest sum of an episode's rewards
-    # True: values average over the time left, which the critic is not told. False: bootstrap, with a step_cost.
-    timeout_is_terminal: bool = True
-    target_members: int = 2  # critics whose minimum is the target
-    target_candidates: int = 1  # chunks of which the best continues, in the target
-    critic_learning_rate: float = 3e-4
-    tau: float = 0.005  # target critics follow by this share
-    actor_learning_rate: float = 2e-4
+    improvement: str = "best_of_n"  # or one_step, or none: imitation alone
     actor_every: int = 2  # critic updates for one actor update
     actor_warmup: int = 500  # critic-only updates at the start
-    anchor: float = 3.0  # w, keeps what the policy could do where no person corrected it
+    actor_learning_rate: float = 2e-4  # of the flow
+    anchor: float = 3.0  # w, keeps what the flow could do where no person corrected it
     imitation_batch: int = 256
     imitation_draws: int = 1
     gradient_norm: float = 1.0
-    ema: float = 0.995  # decay of the averaged actor, which is what acts
-    candidates: int = 4  # chunks among which the acting policy chooses
+    ema: float = 0.995  # decay of the averaged flow, which is the policy's
+
+    def __post_init__(self) -> None:
+        if self.improvement not in (*IMPROVEMENTS, "none"):
+            raise ValueError(
+                f"improvement is {self.improvement!r}, not one of {(*IMPROVEMENTS, 'none')}"
+            )
 
 
 class ChunkQ:
-    """Trains the policy's chunk critics on any executed data, and its flow head on what is worth repeating."""
+    """Trains a policy's critics on any executed data, its flow on what is worth repeating, and what acts on both."""
 
     def __init__(
         self, policy: Policy, config: ChunkQConfig, cache: FeatureCache, seed: int = 0
     ) -> None:
-        if policy.critic is None:
-            raise ValueError("the policy was built without critics (critics=0)")
         self.policy, self.config, self.cache, self.step = policy, config, cache, 0
-        self.target = deepcopy(policy.critic).requires_grad_(False)
         self._generator = torch.Generator().manual_seed(seed)
-        # Gradients move this copy; the policy that acts is its average.
-        self.actor = deepcopy(policy.flow)
-        self._critic_optimiser = torch.optim.Adam(
-            policy.critic.parameters(), config.critic_learning_rate, fused=True
-        )
-        self._actor_optimiser = torch.optim.Adam(
-            self.actor.parameters(), config.actor_learning_rate, fused=True
-        )
-        self.reference = deepcopy(policy.flow).requires_grad_(False)
-        policy.candidates.fill_(1)
+        self.critics: ChunkCritics | None = None
+        self.improvement: Improvement | None = None
+        if config.improvement != "none":
+            self.critics = ChunkCritics(policy, config, self._generator)
+            self.improvement = IMPROVEMENTS[config.improvement](policy, config, self._generator)
+        self.flow = _AnchoredFlow(policy, config, self._generator)
 
     def update(
         self, batch: Mapping[str, np.ndarray], imitation: ImitationData | None = None
     ) -> dict[str, float]:
-        """One critic step on `batch`, every `actor_every`-th time an actor step on `imitation`.
+        """One critic step on `batch`; every `actor_every`-th time an actor step, the flow's on `imitation`.
 
-        Once the critic has had `actor_warmup` updates, it also chooses for the acting policy.
-
-        `batch`: `observation.*` and `next.observation.*` (B, ...), `action` (B, C, 7) physical, `step_mask` and
-        `reward` (B, C), `terminated`, `truncated`, `steps` (B,); optional `observation.id`, `next.observation.id`
-        (see FeatureCache) and `intervention` (B, C).
+        `batch`: `observation.*` and `next.observation.*` (B, ...), `action` (B, H, A) physical, `step_mask` and
+        `reward` (B, H) with H >= C (n-step returns; the chunk that is judged is the first C steps), `terminated`,
+        `truncated`, `steps` (B,); optional `observation.id`, `next.observation.id` (see FeatureCache),
+        `intervention` (B, C), and `return` (B,), what the episode brought from there on, discounted: for Cal-QL.
         """
-        features = self.cache.lookup(batch)
-        metrics = self._update_critic(batch, features)
+        features = self.cache.lookup(batch).to(self.policy.device)
+        metrics: dict[str, float] = {}
+        if self.critics is not None:
+            metrics = self._update_critics(batch, features)
         self.step += 1
-        warm = self.step > self.config.actor_warmup
-        self.policy.candidates.fill_(self.config.candidates if warm else 1)
-        if warm and self.step % self.config.actor_every == 0 and imitation is not None:
-            taken = np.asarray(batch.get("intervention", np.zeros((len(features), 1)))).any(axis=1)
-            metrics |= self._update_actor(imitation, features[torch.from_numpy(~taken)])
+        warm = self.step > self.config.actor_warmup or self.critics is None
+        if self.step % self.config.actor_every == 0:
+            if warm and imitation is not None:
+                taken = np.asarray(batch.get("intervention", np.zeros((len(features), 1))))
+                kept = features[torch.from_numpy(~taken.any(axis=1)).to(features.device)]
+                metrics |= self.flow.update(imitation, kept)
+            if self.improvement is not None:
+                metrics |= self.improvement.update(features, warm)
         return metrics
 
-    def targets(self, batch: Mapping[str, np.ndarray], following: Tensor) -> Tensor:
-        """y (B,) from a batch and the `following` observations' features (B, F)."""
-        config = self.config
-        mask = torch.as_tensor(batch["step_mask"], dtype=torch.float32)
-        powers = config.gamma ** torch.arange(mask.shape[1], dtype=torch.float32)
-        reward = torch.as_tensor(batch["reward"], dtype=torch.float32) - config.step_cost
-        reward = (reward * mask * powers).sum(1)
-        ended = torch.as_tensor(batch["terminated"])
-        if config.timeout_is_terminal:
-            ended = ended | torch.as_tensor(batch["truncated"])
-        discount = config.gamma ** torch.as_tensor(batch["steps"], dtype=torch.float32)
-        with torch.no_grad():
-            continuation = self._continuation(following)
-        y = reward + discount * continuation * ~ended
-        low, high = config.reward_bounds
-        low -= config.step_cost / (1.0 - config.gamma) if config.step_cost else 0.0
-        return y.clamp(low, high)
-
-    def _continuation(self, features: Tensor) -> Tensor:
-        """min over a random subset of target critics of Q'(o', A') (B,), A' the best of the candidates."""
-        count, batch = self.config.target_candidates, len(features)
-        tiled = features.repeat_interleave(count, dim=0)
-        chunks = self.policy.sample(tiled, generator=self._generator)
-        members = torch.randperm(self.target.members, generator=self._generator)
-        values = self.target(self.policy.summary(tiled), chunks, chunks.new_ones(chunks.shape[:2]))
-        values = values[members[: self.config.target_members]].amin(0)
-        return values.view(batch, count).amax(1)
-
-    def _update_critic(self, batch: Mapping[str, np.ndarray], features: Tensor) -> dict[str, float]:
-        policy = self.policy
-        y = self.targets(batch, self.cache.lookup(batch, "next."))
-        chunk = policy.action_normaliser(torch.as_tensor(batch["action"], dtype=torch.float32))
-        mask = torch.as_tensor(batch["step_mask"], dtype=torch.float32)
-        values = policy.critic(policy.summary(features), chunk, mask)  # (E, B)
-        loss = (values - y).square().mean(1).sum()
-        self._critic_optimiser.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(policy.critic.parameters(), 10.0)
-        self._critic_optimiser.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.target.parameters()), list(policy.critic.parameters()), self.config.tau
-            )
-        return {
-            "critic_loss": float(loss.detach()) / policy.critic.members,
-            "critic_gradient_norm": float(norm),
-            "target_mean": float(y.mean()),
-            "value_mean": float(values.detach().mean()),
-            "value_spread": float(values.detach().std(0).mean()),  # disagreement between members
-        }
-
-    def _update_actor(self, imitation: ImitationData, kept: Tensor) -> dict[str, float]:
-        config = self.config
-        imitated = imitation.loss(
-            self.actor, config.imitation_batch, config.imitation_draws, self._generator
-        )
-        noise = torch.randn(len(kept), self.actor.dim, generator=self._generator)
-        with torch.no_grad():
-            before = self.reference.integrate(kept, noise, self.policy.integration_steps)
-        now = self.actor.integrate(kept, noise, self.policy.integration_steps)
-        drift = (now - before).square().sum() / max(1, before.numel())
-        loss = imitated + config.anchor * drift
-        self._actor_optimiser.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.actor.parameters(), config.gradient_norm)
-        self._actor_optimiser.step()
-        with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.policy.flow.parameters()), list(self.actor.parameters()), 1.0 - config.ema
-            )
-        return {"imitation_loss": float(imitated.detach()), "drift": float(drift.detach())}
+    def _update_critics(
+        self, batch: Mapping[str, np.ndarray], features: Tensor
+    ) -> dict[str, float]:
+        policy, critics = self.policy, self.critics
+        executed = Executed.of(batch, policy)
+        following = self.cache.lookup(batch, "next.").to(policy.device)
+        proposed = self.improvement.propose(following)
+        y = critics.targets(executed, critics.continuation(policy.summary(following), proposed))
+        imagined = self.improvement.propose(features) if critics.alpha else None
+        return critics.update(executed, policy.summary(features), y, imagined)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the policy's weights (which hold critics and the averaged actor) and the data."""
+        """Everything but the policy's weights (critics, averaged flow, what acts) and the data."""
         return {
             "step": self.step,
-            "target": self.target.state_dict(),
-            "actor": self.actor.state_dict(),
-            "reference": self.reference.state_dict(),
-            "critic_optimiser": self._critic_optimiser.state_dict(),
-            "actor_optimiser": self._actor_optimiser.state_dict(),
+            "critics": self.critics.state_dict() if self.critics else None,
+            "improvement": self.improvement.state_dict() if self.improvement else None,
+            "flow": self.flow.state_dict(),
             "generator": self._generator.get_state(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken."""
         self.step = state["step"]
-        self.target.load_state_dict(state["target"])
-        self.actor.load_state_dict(state["actor"])
-        self.reference.load_state_dict(state["reference"])
-        self._critic_optimiser.load_state_dict(state["critic_optimiser"])
-        self._actor_optimiser.load_state_dict(state["actor_optimiser"])
+        if self.critics is not None:
+            self.critics.load_state_dict(state["critics"])
+            self.improvement.load_state_dict(state["improvement"])
+        self.flow.load_state_dict(state["flow"])
         self._generator.set_state(state["generator"])
+
+
+class _AnchoredFlow:
+    """The flow as a student of demonstrations that forgets little of what it could do at the start."""
+
+    def __init__(self, policy: Policy, config: ChunkQConfig, generator: torch.Generator) -> None:
+        self.policy, self.config, self._generator = policy, config, generator
+        # Gradients move this copy; the policy's is its average.
+        self.student = deepcopy(policy.flow)
+        self.reference = deepcopy(policy.flow).requires_grad_(False)
+        self._optimiser = Optimiser(
+            self.student.parameters(), config.actor_learning_rate, clip=config.gradient_norm
+        )
+
+    def update(self, imitation: ImitationData, kept: Tensor) -> dict[str, float]:
+        """One step on `imitation`, anchored at the features `kept` (B', ...)."""
+        config, steps = self.config, self.policy.integration_steps
+        imitated = imitation.loss(
+            self.student, config.imitation_batch, config.imitation_draws, self._generator
+        )
+        loss, metrics = imitated, {}
+        if config.anchor:
+            noise = gaussian((len(kept), self.student.dim), kept, self._generator)
+            with torch.no_grad():
+                before = self.reference.integrate(kept, noise, steps)
+            now = self.student.integrate(kept, noise, steps)
+            drift = (now - before).square().sum() / max(1, before.numel())
+            loss = loss + config.anchor * drift
+            metrics["drift"] = float(drift.detach())
+        self._optimiser.step(loss)
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(self.policy.flow.parameters()),
+                list(self.student.parameters()),
+                1.0 - config.ema,
+            )
+        return {"imitation_loss": float(imitated.detach()), **metrics}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the averaged flow, which is the policy's."""
+        return {
+            "student": self.student.state_dict(),
+            "reference": self.reference.state_dict(),
+            "optimiser": self._optimiser.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken."""
+        self.student.load_state_dict(state["student"])
+        self.reference.load_state_dict(state["reference"])
+        self._optimiser.load_state_dict(state["optimiser"])

@@ -1,0 +1,179 @@
+"""Critics of executed action chunks: RLPD's ensemble (Ball et al. 2023) with Q-chunking's targets (Li et al. 2025).
+
+    y = sum_{i<L} gamma^i r_i + gamma^L * max_n min_{m in M} Q'_m(o', A'_n),   A' ~ actor,   clamped to what is possible
+    L_critic = sum_m E (Q_m(o, A) - y)^2 + alpha * (E_{A ~ actor} max(Q_m(o, A), V_mu(o)) - E_D Q_m(o, A))
+
+L counts the steps that were executed, whoever decided them; o' is the observation after them. M is a random subset of
+the ensemble. The second term is Cal-QL's (Nakamoto et al. 2023), as ConRFT uses it: actions that nobody executed are
+pushed down, never below V_mu, the return that the data's own actors reached from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from learner.optimiser import Optimiser
+from policies.policy import Policy
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    """Settings of the critics."""
+
+    gamma: float = 0.99  # per control step
+    step_cost: float = 0.0  # subtracted from the reward of each executed step
+    reward_bounds: tuple[float, float] = (0.0, 1.0)  # of the sum of an episode's rewards
+    # True: values average over the time left, which the critic is not told. False: bootstrap, with a step_cost.
+    timeout_is_terminal: bool = True
+    target_members: int = 2  # critics whose minimum is the target
+    critic_learning_rate: float = 3e-4
+    critic_gradient_norm: float = 10.0
+    tau: float = 0.005  # target critics follow by this share
+    conservative: float = 0.0  # alpha of Cal-QL's term; 0 leaves it out
+    conservative_updates: int = 0  # updates after which alpha is 0: the online part; 0: never
+
+
+class Executed(NamedTuple):
+    """B windows of executed steps as tensors: the first C of up to H >= C steps are the chunk that is judged."""
+
+    chunk: Tensor  # (B, C, A), normalised
+    mask: Tensor  # (B, C), 1 where a step was executed
+    reward: Tensor  # (B, H), 0 where none was executed
+    steps: Tensor  # (B,) float32, L: executed steps between o and o'
+    terminated: Tensor  # (B,) bool
+    truncated: Tensor  # (B,) bool
+    reached: Tensor | None  # (B,), V_mu: the discounted return that followed; -inf where unknown
+
+    @classmethod
+    def of(cls, batch: Mapping[str, np.ndarray], policy: Policy) -> Executed:
+        """From a replay batch, see ChunkQ.update."""
+
+        def tensor(key: str, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.as_tensor(batch[key], dtype=dtype, device=policy.device)
+
+        mask = tensor("step_mask")
+        return cls(
+            chunk=policy.action_normaliser(tensor("action")[:, : policy.chunk]),
+            mask=mask[:, : policy.chunk],
+            reward=tensor("reward") * mask,
+            steps=tensor("steps"),
+            terminated=tensor("terminated", torch.bool),
+            truncated=tensor("truncated", torch.bool),
+            reached=tensor("return") if "return" in batch else None,
+        )
+
+
+class ChunkCritics:
+    """Trains a policy's chunk critics towards targets of its own, slower copy of them."""
+
+    def __init__(self, policy: Policy, config: CriticConfig, generator: torch.Generator) -> None:
+        if policy.critic is None:
+            raise ValueError("the policy was built without critics (critics=0)")
+        if config.target_members > policy.critic.members:
+            raise ValueError(
+                f"target_members is {config.target_members}, the policy has {policy.critic.members} critics"
+            )
+        self.policy, self.config, self.step = policy, config, 0
+        self.target = deepcopy(policy.critic).requires_grad_(False)
+        self._generator = generator
+        self._optimiser = Optimiser(
+            policy.critic.parameters(),
+            config.critic_learning_rate,
+            clip=config.critic_gradient_norm,
+        )
+
+    @property
+    def alpha(self) -> float:
+        """Present weight of Cal-QL's term."""
+        over = 0 < self.config.conservative_updates <= self.step
+        return 0.0 if over else self.config.conservative
+
+    @torch.no_grad()
+    def continuation(self, summary: Tensor, chunks: Tensor) -> Tensor:
+        """max_n min_{m in M} Q'_m (B,) of `summary` (B, F) and proposed `chunks` (B, N, C, A)."""
+        members = torch.randperm(self.target.members, generator=self._generator)
+        members = members[: self.config.target_members].to(summary.device)
+        values = _each(self.target, summary, chunks, members)  # (M, B, N)
+        return values.amin(0).amax(1)
+
+    def targets(self, executed: Executed, continuation: Tensor) -> Tensor:
+        """y (B,), clamped to what rewards and costs allow, from the `continuation` (B,) at o'."""
+        config, reward = self.config, executed.reward
+        powers = config.gamma ** torch.arange(reward.shape[1], device=reward.device)
+        costs = config.step_cost * (powers.cumsum(0)[executed.steps.long() - 1])
+        ended = executed.terminated
+        if config.timeout_is_terminal:
+            ended = ended | executed.truncated
+        discount = config.gamma**executed.steps * ~ended
+        y = (reward * powers).sum(1) - costs + discount * continuation
+        low, high = config.reward_bounds
+        low -= config.step_cost / (1.0 - config.gamma) if config.step_cost else 0.0
+        return y.clamp(low, high)
+
+    def update(
+        self, executed: Executed, summary: Tensor, y: Tensor, proposed: Tensor | None = None
+    ) -> dict[str, float]:
+        """One step of the critics at `summary` (B, F) towards `y` (B,).
+
+        `proposed` (B, N, C, A): the actor's chunks at o, which Cal-QL's term needs.
+        """
+        critic = self.policy.critic
+        values = critic(summary, executed.chunk, executed.mask)  # (E, B)
+        error = (values - y).square().mean(1).sum()
+        loss = error
+        if self.alpha:
+            loss = loss + self.alpha * self.conservatism(values, summary, proposed, executed)
+        norm = self._optimiser.step(loss)
+        self.step += 1
+        with torch.no_grad():
+            torch._foreach_lerp_(
+                list(self.target.parameters()), list(critic.parameters()), self.config.tau
+            )
+        values = values.detach()
+        return {
+            "critic_loss": float(error.detach()) / critic.members,
+            "critic_gradient_norm": norm,
+            "target_mean": float(y.mean()),
+            "value_mean": float(values.mean()),
+            "value_spread": float(values.std(0).mean()),  # disagreement between members
+        }
+
+    def conservatism(
+        self, values: Tensor, summary: Tensor, proposed: Tensor, executed: Executed
+    ) -> Tensor:
+        """Cal-QL's term without alpha, summed over members: E_actor max(Q, V_mu) - E_D Q, with Q_D = `values` (E, B)."""
+        imagined = _each(self.policy.critic, summary, proposed)  # (E, B, N)
+        if executed.reached is not None:
+            imagined = torch.maximum(imagined, executed.reached[:, None])
+        return (imagined.mean(2) - values).mean(1).sum()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the critics, which are the policy's."""
+        return {
+            "step": self.step,
+            "target": self.target.state_dict(),
+            "optimiser": self._optimiser.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken."""
+        self.step = state["step"]
+        self.target.load_state_dict(state["target"])
+        self._optimiser.load_state_dict(state["optimiser"])
+
+
+def _each(
+    critic: torch.nn.Module, summary: Tensor, chunks: Tensor, members: Tensor | None = None
+) -> Tensor:
+    """Q (E, B, N) of N whole chunks (B, N, C, A) at each of B summaries."""
+    batch, count = chunks.shape[:2]
+    tiled = summary.repeat_interleave(count, dim=0) if count > 1 else summary
+    flat = chunks.flatten(0, 1)
+    return critic(tiled, flat, flat.new_ones(flat.shape[:2]), members).view(-1, batch, count)
