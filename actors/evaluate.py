@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -16,9 +17,9 @@ class Runner(Protocol):
     """What evaluation needs of a policy."""
 
     def infer(
-        self, observation: Observation, instruction: str, explore: bool
+        self, observation: Observation, instruction: Sequence[str], explore: bool
     ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Observations {key: (N, ...)} -> action chunks (N, C, 7) float32 and `policy.*` columns."""
+        """Observations {key: (N, ...)}, an instruction for each -> action chunks (N, C, 7) float32 and `policy.*` columns."""
 
 
 class Outcome(NamedTuple):
@@ -61,7 +62,7 @@ def evaluate(env: Env, runner: Runner, configurations: list[dict[str, Any]]) -> 
             else:
                 observation, _ = env.reset(options={"reset_mask": mask, "configurations": starts})
             free &= ~mask
-        actions, _ = runner.infer(observation, env.instruction, explore=False)
+        actions, _ = runner.infer(observation, env.instructions(), explore=False)
         step = env.step_chunk(actions)
         observation = step.observation
         playing = ~free

@@ -39,18 +39,19 @@ class Segmenter:
         self._chunks = np.zeros(n, int)  # policy chunks before this segment in the episode
         self._episode = [""] * n
         self._configurations: list[dict[str, Any]] = [{} for _ in range(n)]
+        self._instructions = [env.instruction] * n
         self._episodes = 0
 
     def begin(self, observation: Observation, mask: np.ndarray) -> None:
         """New episodes start in `mask` (N,) with `observation` {key: (N, ...)}."""
-        configurations = self._env.configurations()
+        configurations, instructions = self._env.configurations(), self._env.instructions()
         for i in np.flatnonzero(mask):
             self._first[i] = {key: value[i].copy() for key, value in observation.items()}
             self._start[i] = len(self._log)
             self._first_step[i] = self._chunks[i] = 0
             self._episode[i] = f"{self._prefix}-{self._episodes}"
             self._episodes += 1
-            self._configurations[i] = configurations[i]
+            self._configurations[i], self._instructions[i] = configurations[i], instructions[i]
 
     def add(
         self,
@@ -90,7 +91,7 @@ class Segmenter:
         header = {
             "source": self._source,
             "task": self._task,
-            "instruction": self._env.instruction,
+            "instruction": self._instructions[i],
             "region": str(self._configurations[i].get("region", "id")),
             "configuration": self._configurations[i],
             "episode": self._episode[i],

@@ -293,7 +293,7 @@ class TwinActor:
         weights = self._weights.poll(self._runner.version)
         if weights is not None:
             self._runner.adopt(weights)
-        actions, info = self._runner.infer(observation, env.instruction, explore=True)
+        actions, info = self._runner.infer(observation, env.instructions(), explore=True)
         step = env.step_chunk(actions)
         segmenter.add(step, self._runner.version, info)
         done = step.done

@@ -142,6 +142,6 @@ def make_retargeter(env: Any, demonstrations: list[Any], rng: Any) -> Any:
 
 def label_scenes(env: Any, count: int, rng: Any) -> Any:
     """`count` labelled renders."""
-    from twins.labels import labelled_scenes
+    from twins.labels import instructed_scenes
 
-    return labelled_scenes(env, count, rng)
+    return tuple(instructed_scenes(env, count, rng))

@@ -159,7 +159,7 @@ def _policy(
                 state["observation"], _ = small.reset(options={"configurations": [configuration]})
                 waiting.clear()
             if not waiting:
-                chunk, _ = runner.infer(state["observation"], small.instruction, explore=False)
+                chunk, _ = runner.infer(state["observation"], small.instructions(), explore=False)
                 step = small.step_chunk(chunk)
                 state["observation"] = step.observation
                 waiting.extend(step.action[0][step.mask[0]])

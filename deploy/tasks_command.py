@@ -56,6 +56,7 @@ def command(argv: list[str]) -> int:
 
 def describe_task(name: str) -> dict[str, Any]:
     """Everything about a task that is data; ConfigError where there is none of that name."""
+    from twins.errands import errands_of
     from twins.scene import CONTROL_HZ
     from twins.tasks import TASKS, make_task
 
@@ -69,6 +70,7 @@ def describe_task(name: str) -> dict[str, Any]:
         "built_in": name in TASKS,
         "success": described[0] if described else "",
         "instructions": list(task.instructions),
+        "errands": {errand.name: errand._asdict() for errand in errands_of(task)},
         "max_steps": task.max_steps,
         "seconds": task.max_steps / CONTROL_HZ,
         "things": {thing.name: "free" if thing.free else "fixed" for thing in task.things},
@@ -115,9 +117,14 @@ def _task_table(row: dict[str, Any]) -> Table:
     add("success", row["success"])
     for i, instruction in enumerate(row["instructions"]):
         add("" if i else "instruction", instruction)
+    for i, (name, errand) in enumerate(row["errands"].items()):
+        told, tested = len(errand["instructions"]), len(errand["held_out"])
+        text = f'{name}: "{errand["instructions"][0]}", {told} wordings and {tested} held out'
+        add("" if i else "errands", text)
     add("time limit", f"{row['max_steps']} steps, {row['seconds']:g} s")
     things = (f"{name} ({kind})" for name, kind in row["things"].items())
-    add("things", f"{', '.join(things)}; the hand takes the {row['grasped']} to the {row['goal']}")
+    takes = f"the hand takes the {row['grasped']} to the {row['goal']}"
+    add("things", f"{', '.join(things)}; {'what is asked for' if row['errands'] else takes}")
     for region, boxes in row["regions"].items():
         for i, (thing, box) in enumerate(boxes.items()):
             add("" if i else f"region {region}", f"{thing}: {_span(box)}")

@@ -39,7 +39,7 @@ def record_video(
         actions = []
         done = False
         while not done:
-            chunk, _ = runner.infer(observation, small.instruction, explore=False)
+            chunk, _ = runner.infer(observation, small.instructions(), explore=False)
             step = small.step_chunk(chunk)
             observation, done = step.observation, bool(step.done[0])
             actions.append(step.action[0][step.mask[0]])

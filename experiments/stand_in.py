@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,9 @@ class Runner:
         self.policy = policy
         self._generator = torch.Generator().manual_seed(seed)
 
-    def infer(self, observation: dict, instruction: str, explore: bool) -> tuple[np.ndarray, dict]:
+    def infer(
+        self, observation: dict, instruction: str | Sequence[str], explore: bool
+    ) -> tuple[np.ndarray, dict]:
         """See `policies.runner.PolicyRunner.infer`."""
         with torch.inference_mode():
             return self.policy.act(observation, instruction, self._generator, explore)
@@ -68,7 +71,7 @@ class StandIn:
             if acting:
                 chunk = env.expert(0.0)[:, None]
             elif not chunk.shape[1]:
-                chunk, _ = self._runner.infer(observation, env.instruction, explore=False)
+                chunk, _ = self._runner.infer(observation, env.instructions(), explore=False)
             step = env.step_chunk(chunk[:, :1])
             self._segmenter.add(step)
             observation, chunk = step.observation, chunk[:, 1:]

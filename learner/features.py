@@ -64,17 +64,19 @@ class FeatureCache:
     def lookup(self, batch: Mapping[str, np.ndarray], prefix: str = "") -> Tensor:
         """Features (B, ...) of a batch's observations (`prefix` "" or "next.").
 
-        `<prefix>observation.id` (B,) int64 names them; without that key all are encoded.
+        `<prefix>observation.id` (B,) int64 names them; without that key all are encoded. `instruction` (B,) is what was
+        asked in the episode of each; without that key it is the cache's.
         """
+        told = batch.get("instruction", self.instruction)
         observation = {
             key: batch[prefix + key] for key in (STATE, *map(image_key, self.policy.cameras))
         }
         ids = batch.get(prefix + "observation.id")
         if ids is None:
-            return encode(self.policy, observation, self.instruction)
+            return encode(self.policy, observation, told)
         names, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
         if len(names) > self._capacity:
-            return encode(self.policy, observation, self.instruction)
+            return encode(self.policy, observation, told)
         fresh = self._unknown(names)
         if len(self._row) + int(fresh.sum()) > self._capacity:
             self.clear()  # simple and rare: the next batches fill it again
@@ -84,7 +86,8 @@ class FeatureCache:
         if fresh.any():
             rows = first[fresh]
             seen = {key: value[rows] for key, value in observation.items()}
-            self._store(names[fresh], encode(self.policy, seen, self.instruction))
+            said = told if isinstance(told, str) else told[rows]
+            self._store(names[fresh], encode(self.policy, seen, said))
         rows = torch.tensor([self._row[int(name)] for name in names])
         return self._table[rows[torch.from_numpy(inverse.reshape(-1))].to(self._table.device)]
 

@@ -31,6 +31,9 @@ class CountingEnv:
     def value(self):
         return 1000 * self.episode + self.t
 
+    def instructions(self):
+        return [f"count episode {n}" for n in self.episode]
+
     def observation(self):
         value = self.value()
         images = np.broadcast_to((value % 251)[:, None, None, None], (N, SIZE, SIZE, 3))

@@ -6,6 +6,7 @@ import pytest
 import twins
 from twinrl.env import image_key
 from twins import rotation
+from twins.errands import roles
 from twins.labels import labelled_scenes
 from twins.retarget import Demonstration, Tracker, retarget
 from twins.tasks import TASKS, make_task
@@ -19,7 +20,10 @@ LEAST = {
     "insert-hexagon-block": 0.5,
     "insert-triple-column-block": 0.5,
     "erase-whiteboard": 0.4,
+    "follow-instruction": 0.5,
 }
+# What privileged state calls the thing that is taken and its goal, where that is not their own names.
+ROLES = {"follow-instruction": ("block", "pad")}
 
 
 def play(env, act):
@@ -65,10 +69,11 @@ def test_a_demonstration_retargeted_to_itself_grasps_and_ends_where_it_did(shown
         plan = retarget(one, one.configuration, task)
         grasp = int(np.flatnonzero(one.gripper < 0.5)[0])
         first = int(np.flatnonzero(plan.gates)[0])
+        grasped, _ = roles(task, one.configuration)
         # The hand may take it by an equal yaw that is nearer to straight ahead.
         np.testing.assert_allclose(
-            _in_thing(plan.targets[first], one.configuration, task.grasped, task.grasp.turns),
-            _in_thing(one.targets[grasp], one.configuration, task.grasped, task.grasp.turns),
+            _in_thing(plan.targets[first], one.configuration, grasped, task.grasp.turns),
+            _in_thing(one.targets[grasp], one.configuration, grasped, task.grasp.turns),
             atol=1e-9,
         )
         assert (plan.gripper[-1] > 0.5) == task.finish.released
@@ -150,8 +155,9 @@ def test_labelled_scenes_are_plausible_and_true(name):
     assert states.shape == (count, env.state_dim) and labels.shape == (count, env.privileged_dim)
     assert np.isfinite(states).all() and np.isfinite(labels).all()
     at = {name: i for i, name in enumerate(env.privileged_names)}
-    thing = labels[:, at[f"{task.grasped}_x"] : at[f"{task.grasped}_z"] + 1]
-    relative = labels[:, at[f"{task.grasped}_from_tcp_x"] : at[f"{task.grasped}_from_tcp_z"] + 1]
+    grasped, brought = ROLES.get(name, (task.grasped, task.goal))
+    thing = labels[:, at[f"{grasped}_x"] : at[f"{grasped}_z"] + 1]
+    relative = labels[:, at[f"{grasped}_from_tcp_x"] : at[f"{grasped}_from_tcp_z"] + 1]
     np.testing.assert_allclose(thing - states[:, :3], relative, atol=1e-6)
     held = labels[:, at["held"]] > 0.5
     assert 0.1 < held.mean() < 0.5
@@ -162,7 +168,7 @@ def test_labelled_scenes_are_plausible_and_true(name):
     np.testing.assert_allclose(width[held], task.grasp.width, atol=0.002)
     # Both halves of the table; some scenes with the thing at its goal, some where it started.
     assert (thing[:, 1] > 0).any() and (thing[:, 1] < 0).any()
-    goal = labels[:, at[f"{task.goal}_x"] : at[f"{task.goal}_y"] + 1]
+    goal = labels[:, at[f"{brought}_x"] : at[f"{brought}_y"] + 1]
     near = np.linalg.norm(thing[:, :2] - goal, axis=1) < 0.02 + np.hypot(*task.finish.spread)
     assert 0.05 < near.mean() < 0.6
 

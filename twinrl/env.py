@@ -66,7 +66,7 @@ class EnvSpec(NamedTuple):
     ]  # of privileged.state; empty where nothing privileged is known
     cameras: tuple[str, ...]
     image_size: int  # height = width, pixels
-    instruction: str
+    instruction: str  # what the task is about; an episode's own may say more (Env.instructions)
     max_steps: int  # control steps until truncation
     control_hz: float
     expert: bool  # it has a scripted expert
@@ -82,7 +82,7 @@ class Env(Protocol):
     image_size: int  # height = width, pixels
     state_dim: int
     privileged_dim: int  # 0 where nothing privileged is known
-    instruction: str
+    instruction: str  # what the task is about
     max_steps: int  # control steps until truncation
     control_hz: float
 
@@ -100,5 +100,12 @@ class Env(Protocol):
 
     def configurations(self) -> list[dict[str, Any]]:
         """The configuration of each environment's present episode; passing one to `reset` repeats it."""
+
+    def instructions(self) -> list[str]:
+        """N, what the policy is told in each environment's present episode.
+
+        Where it differs between episodes it is drawn by a reset, and part of the configuration. A task that always
+        asks for the same gives `instruction` N times.
+        """
 
     def close(self) -> None: ...

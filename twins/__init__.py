@@ -6,6 +6,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from twinrl.env import Env, EnvSpec
 
 __all__ = ["describe", "make_env"]
@@ -32,6 +34,7 @@ def make_env(
     region: str = "id",
     max_steps: int | None = None,
     instruction: str | None = None,
+    errands: Sequence[str] | None = None,
     observe: str = "images",
 ) -> Env:
     """`num_envs` environments of `task` in the simulator `backend`.
@@ -40,6 +43,8 @@ def make_env(
     `randomisation` is "none", "full", or the scale of each change (`twins.randomise.CHANGES`). `reward` gives
     weights to the task's dense terms, beside {"success": 1.0}. `region` is where resets draw from unless they say
     otherwise, one of the task's or of `regions`, {name: {thing: {"x": [low, high], "y": ..., "yaw": ...}}}.
+    `errands` names those of the task's that resets draw, all when absent; `instruction` is what the policy is told in
+    every episode, of a task with errands one of its own.
     `device` ("cpu" or "cuda") traces the images, and is where everything happens with the backend "mujoco-warp";
     `threads` are the physics' and the CPU tracer's. `render=False` leaves images out.
     `observe` says how things are seen: by "images", or by their measured poses in `observation.state`, in the base
@@ -71,6 +76,7 @@ def make_env(
             variant=variant != "twin",
             reward=reward,
             regions=regions,
+            errands=errands,
             observe=observe != "images",
         )
         return found.load(worker)(task, num_envs, device=device, **common, **options)
@@ -91,6 +97,7 @@ def make_env(
         randomisation=randomisation,
         reward=reward,
         regions=regions,
+        errands=errands,
         observe=observe,
         **common,
     )
@@ -150,6 +157,7 @@ def _refuse(backend: str, **given: Any) -> None:
     reasons = {
         "variant": "has no stand-in for a real robot (variant)",
         "reward": "decides about its reward itself (task.reward)",
+        "errands": "has no errands (task.errands)",
         "regions": "has regions of its own (task.regions)",
         "observe": "decides about its observation itself (task.observe)",
     }

@@ -17,6 +17,7 @@ from twinrl.env import ACTION_DIM, PRIVILEGED, STATE, ChunkStep, Observation, im
 from twins import control, rotation
 from twins.device_worlds import DeviceWorlds
 from twins.env import ACTION_STREAM, MAX_SHIFT, MAX_TURN, STATE_STREAM, SUCCESS, TwinEnv
+from twins.errands import ERRAND, errand_number
 from twins.observe import seed_of_thing
 from twins.snapshot import Snapshot
 
@@ -114,6 +115,9 @@ class DeviceTwinEnv(TwinEnv):
         flags = self._terminated, self._truncated, self._success, self._invalid, self._refused
         for field in (*flags, *self._memory.values()):
             field[rows] = 0
+        if ERRAND in self._memory:
+            numbers = [errand_number(self.task, configuration) for configuration in configurations]
+            self._memory[ERRAND][rows] = torch.tensor(numbers, dtype=torch.int32).to(self.device)
         self._waiting[ids] = self._told[ids] = False
         begun = torch.zeros(self.num_envs, dtype=torch.bool, device=self.device)
         begun[rows] = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import gymnasium
@@ -13,9 +13,10 @@ import numpy as np
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from twinrl.env import ACTION_DIM, PRIVILEGED, STATE, ChunkStep, EnvSpec, Observation, image_key
-from twins import errands, kinematics, randomise, rotation, scene
+from twins import kinematics, randomise, rotation, scene
 from twins.backends.contract import Simulation, SimulationLost
 from twins.control import Controller, seed_of
+from twins.errands import ERRAND, complete_errand, draw_errand, errand_number, offered
 from twins.kinematics import MAX_SHIFT, MAX_TURN
 from twins.observe import STATE_NAMES, Poses, seed_of_thing
 from twins.regions import ALL, check_region, draw, make_regions
@@ -92,6 +93,7 @@ class TwinEnv(VectorEnv):
         region: str = "id",
         max_steps: int | None = None,
         instruction: str | None = None,
+        errands: Sequence[str] | None = None,
         observe: str = "images",
     ):
         """`make_simulation(task, num_envs, cameras=, image_size=)` gives the simulator; see `twins.make_env`."""
@@ -105,6 +107,7 @@ class TwinEnv(VectorEnv):
         self.task, self.num_envs = task, num_envs
         self.regions = make_regions(task, regions)
         self.region = check_region(region, self.regions)
+        self.errands = offered(task, errands, instruction)  # that resets draw from
         self.reward = _checked_reward(task, reward)
         self.variant = variant
         self.randomisation = randomise.scales(randomisation, task.randomisation)
@@ -217,6 +220,7 @@ class TwinEnv(VectorEnv):
             **draw(rng, self.task, self.regions[region], self.randomisation["poses"]),
             "joints": (spread * rng.normal(size=kinematics.JOINTS)).tolist(),
             "draw": randomise.draw(rng, self.randomisation, nominal, self.task.things),
+            **draw_errand(rng, self.errands),  # last: the scene must not depend on it
         }
 
     def _completed(self, given: dict[str, Any] | None, region: str) -> dict[str, Any]:
@@ -236,7 +240,7 @@ class TwinEnv(VectorEnv):
             raise ValueError(
                 f"unknown configuration keys {sorted(unknown)}, not in {sorted(drawn)}"
             )
-        return drawn | given
+        return drawn | given | complete_errand(self.task, drawn, given)
 
     def _begin(self, ids: np.ndarray) -> None:
         """Start the episodes that the configurations of `ids` describe."""
@@ -254,12 +258,18 @@ class TwinEnv(VectorEnv):
             flags[ids] = False
         for memory in self._memory.values():
             memory[ids] = 0
+        if ERRAND in self._memory:
+            self._memory[ERRAND][ids] = [errand_number(self.task, c) for c in configurations]
         self._write_vectors(ids, self._look(ids))
         self._write_images(ids)
 
     def configurations(self) -> list[dict[str, Any]]:
         """The configuration of each environment's present episode; passing one to `reset` repeats it."""
         return list(self._configurations)
+
+    def instructions(self) -> list[str]:
+        """N, what the policy is told in each environment's present episode."""
+        return [c.get("instruction", self.instruction) for c in self._configurations]
 
     # -- steps -----------------------------------------------------------------------------------------------
 

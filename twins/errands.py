@@ -72,7 +72,7 @@ def told_by(task: Any, instruction: str) -> str:
     return texts[instruction]
 
 
-def draw(rng: np.random.Generator, errands: Sequence[Errand]) -> dict[str, str]:
+def draw_errand(rng: np.random.Generator, errands: Sequence[Errand]) -> dict[str, str]:
     """A configuration's part: {"errand": name, "instruction": text}; {} where there are no errands."""
     if not errands:
         return {}
@@ -83,7 +83,9 @@ def draw(rng: np.random.Generator, errands: Sequence[Errand]) -> dict[str, str]:
     }
 
 
-def completed(task: Any, drawn: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, str]:
+def complete_errand(
+    task: Any, drawn: Mapping[str, Any], given: Mapping[str, Any]
+) -> dict[str, str]:
     """The errand and instruction of a configuration that was `given` in part, the rest of it `drawn`.
 
     An instruction without an errand tells it; an errand without an instruction is told in its first words.
@@ -102,7 +104,7 @@ def completed(task: Any, drawn: Mapping[str, Any], given: Mapping[str, Any]) -> 
     return {ERRAND: name, INSTRUCTION: text}
 
 
-def number(task: Any, configuration: Mapping[str, Any]) -> int:
+def errand_number(task: Any, configuration: Mapping[str, Any]) -> int:
     """Which of the task's errands a configuration asks for; 0 of a task that has none."""
     names = [errand.name for errand in errands_of(task)]
     return names.index(configuration[ERRAND]) if names else 0
@@ -113,7 +115,7 @@ def roles(task: Any, configuration: Mapping[str, Any]) -> tuple[str, str]:
     errands = errands_of(task)
     if not errands:
         return task.grasped, task.goal
-    errand = errands[number(task, configuration)]
+    errand = errands[errand_number(task, configuration)]
     return errand.grasped, errand.goal
 
 

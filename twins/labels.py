@@ -6,11 +6,14 @@ privileged state. How the thing is held and where it ends is the task's (`Grasp`
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from twins import arm, kinematics, randomise, regions, rotation
 from twins.backends.mujoco_cpu import MujocoSimulation
 from twins.env import TwinEnv
+from twins.errands import ERRAND, INSTRUCTION, draw_errand, errand_number, roles
 from twins.kinematics import BOX
 from twins.observe import state_vector
 from twins.snapshot import Snapshot
@@ -31,6 +34,15 @@ SLIP, TILT = (
 )  # m, rad: how a held thing differs from its grasp
 
 
+class InstructedScenes(NamedTuple):
+    """n labelled scenes, each with what a policy would be told in it."""
+
+    images: dict[str, np.ndarray]  # {camera: (n, H, W, 3) uint8}
+    state: np.ndarray  # (n, S) float32, `observation.state`
+    labels: np.ndarray  # (n, P) float32, `privileged.state`
+    instruction: list[str]  # n
+
+
 def labelled_scenes(
     env: TwinEnv,
     count: int,
@@ -38,10 +50,20 @@ def labelled_scenes(
     appearance: dict[str, float] | str = APPEARANCE,
     looks: np.random.Generator | None = None,
 ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
+    """Images, state and labels of `instructed_scenes`, for a task that always asks for the same."""
+    return instructed_scenes(env, count, rng, appearance, looks)[:3]
+
+
+def instructed_scenes(
+    env: TwinEnv,
+    count: int,
+    rng: np.random.Generator,
+    appearance: dict[str, float] | str = APPEARANCE,
+    looks: np.random.Generator | None = None,
+) -> InstructedScenes:
     """`count` random scenes of `env`'s task, seen by its cameras; `env` itself is left as it is.
 
-    Returns images {camera: (n, H, W, 3) uint8}, `observation.state` (n, S) and `privileged.state` (n, P), both
-    float32. `appearance` scales what differs in looks, as in `twins.randomise`. `looks` draws that, `rng` when absent:
+    Of errands those are drawn that `env` draws. `appearance` scales what differs in looks, as in `twins.randomise`. `looks` draws that, `rng` when absent:
     with the same `rng` and other `looks`, the same scenes look different.
     """
     task, copies = env.task, min(COPIES, count)
@@ -50,6 +72,7 @@ def labelled_scenes(
     images = {name: np.empty(shape, np.uint8) for name in env.cameras}
     states = np.empty((count, env.state_dim), np.float32)
     labels = np.empty((count, env.privileged_dim), np.float32)
+    instructions: list[str] = []
     scales, nominal = randomise.scales(appearance), randomise.VARIANTS[env.variant]
     looks = looks or rng
     for start in range(0, count, copies):
@@ -60,11 +83,13 @@ def labelled_scenes(
                 **regions.draw(rng, task, env.regions[("id", "ood")[rng.integers(2)]]),
                 "joints": [0.0] * kinematics.JOINTS,
                 "draw": randomise.draw(looks, scales, nominal, task.things),
+                **draw_errand(rng, env.errands),
             }
             for _ in ids
         ]
+        instructions += [c.get(INSTRUCTION, env.instruction) for c in configurations]
         world.configure(ids, configurations)
-        now = _place(world, task, ids, rng)
+        now = _place(world, task, ids, configurations, rng)
         lead = 0.01 * rng.normal(size=(len(ids), 3))
         actions = np.zeros((len(ids), 2, 7))
         actions[:, :, 6] = (now.width > task.grasp.width + 0.01)[:, None]
@@ -76,14 +101,19 @@ def labelled_scenes(
                 world.hide(ids, hidden)
             for name, frames in world.images(ids).items():
                 images[name][rows] = frames
-    return images, states, labels
+    return InstructedScenes(images, states, labels, instructions)
 
 
 def _place(
-    world: MujocoSimulation, task: Task, ids: np.ndarray, rng: np.random.Generator
+    world: MujocoSimulation,
+    task: Task,
+    ids: np.ndarray,
+    configurations: list[dict[str, Any]],
+    rng: np.random.Generator,
 ) -> Snapshot:
     """Put the arm and the grasped thing of `ids` (n,) somewhere plausible; the state that this makes."""
     count = len(ids)
+    things = [roles(task, configuration) for configuration in configurations]
     kinds = rng.choice(len(KINDS), size=count, p=SHARES)
     reach, hover, carry, at_goal, _ = (kinds == k for k in range(len(KINDS)))
     share = rng.uniform(size=count)
@@ -95,7 +125,13 @@ def _place(
     low = carry & ~over & (share < OVER + LOW)
     start = world.snapshot(ids)
     memory = _used(world, task, ids, rng)
-    finished, finished_turn = _finish(task, start, rng)
+    if ERRAND in memory:
+        memory[ERRAND][:] = [errand_number(task, configuration) for configuration in configurations]
+    (thing, thing_turn), (goal, goal_turn) = (
+        [np.array([values[names[role]][i] for i, names in enumerate(things)]) for values in poses]
+        for role, poses in enumerate([(start.position, start.turn)] * 2)
+    )
+    finished, finished_turn = _finish(task, goal, goal_turn, rng)
 
     # Somewhere, and then what the kind asks for.
     tip = rng.uniform(*BOX, size=(count, 3)) * [1, 1, 0.7]
@@ -104,9 +140,7 @@ def _place(
     finger = np.where(rng.uniform(size=count) < 0.8, arm.FINGER_RANGE, task.grasp.width / 2 - GRIP)
 
     # Low over the thing the hand must be straight above it, or its fingers would be inside.
-    gripping, grip_turn = _gripping(
-        task, start.position[task.grasped], start.turn[task.grasped], rng
-    )
+    gripping, grip_turn = _gripping(task, thing, thing_turn, rng)
     height = rng.uniform(0.0, 0.1, count)
     tip[reach] = (gripping + _aside(rng, 0.006 + 0.4 * height, height))[reach]
     yaw[reach] = (rotation.yaw(grip_turn) + 0.15 * rng.normal(size=count))[reach]
@@ -135,14 +169,29 @@ def _place(
     joints = kinematics.solve(joints, tip, wanted, iterations=12)
     tcp, tool = kinematics.forward(joints)
     held, held_turn = _held(task, tcp, tool, rng)
-    world.place(ids[carry], task.grasped, held[carry], held_turn[carry])
+    grasped = np.array([names[0] for names in things])
+    _put(world, ids, grasped, carry, held, held_turn)
     dropped = at_goal & (rng.uniform(size=count) < FINISHED)
-    world.place(ids[dropped], task.grasped, finished[dropped], finished_turn[dropped])
+    _put(world, ids, grasped, dropped, finished, finished_turn)
     pressed = finished - [0.0, 0.0, GRIP]
-    world.place(ids[in_use], task.grasped, pressed[in_use], finished_turn[in_use])
+    _put(world, ids, grasped, in_use, pressed, finished_turn)
     world.place_arm(ids, joints, finger)
     world.batch.forward(ids)  # contacts too
     return world.snapshot(ids)._replace(memory=memory)
+
+
+def _put(
+    world: MujocoSimulation,
+    ids: np.ndarray,
+    grasped: np.ndarray,
+    where: np.ndarray,
+    position: np.ndarray,
+    turn: np.ndarray,
+) -> None:
+    """Place each simulation's grasped thing, named by `grasped` (n,), in those of `where` (n,) bool."""
+    for name in np.unique(grasped[where]):
+        rows = where & (grasped == name)
+        world.place(ids[rows], str(name), position[rows], turn[rows])
 
 
 def _aside(rng: np.random.Generator, spread: np.ndarray, height: np.ndarray) -> np.ndarray:
@@ -181,9 +230,10 @@ def _held(
     return grip - (turn @ np.array(task.grasp.position)[:, None])[..., 0], turn
 
 
-def _finish(task: Task, start: Snapshot, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Where the grasped thing (n, 3), (n, 3, 3) could be when the task is done."""
-    goal, goal_turn = start.position[task.goal], start.turn[task.goal]
+def _finish(
+    task: Task, goal: np.ndarray, goal_turn: np.ndarray, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where the grasped thing (n, 3), (n, 3, 3) could be when the task is done, with its goal (n, 3), (n, 3, 3)."""
     count, turns = len(goal), task.finish.turns
     away = rng.uniform(-1, 1, (count, 2)) * task.finish.spread
     place = np.column_stack([away, np.zeros(count)]) + task.finish.position
@@ -200,11 +250,12 @@ def _used(
     """What the task remembers after the thing made a straight stroke, or part of one, between places of use."""
     count = len(ids)
     memory = {name: np.zeros((count, *m.shape), m.dtype) for name, m in task.memory.items()}
-    if not memory:
+    if task.finish.released:
         return memory
     start = world.snapshot(ids)
-    first, turn = _finish(task, start, rng)
-    last, _ = _finish(task, start, rng)
+    goal = start.position[task.goal], start.turn[task.goal]
+    first, turn = _finish(task, *goal, rng)
+    last, _ = _finish(task, *goal, rng)
     uses = rng.integers(USES + 1, size=count)
     for k in range(uses.max(initial=0)):
         position = first + k / USES * (last - first) - [0.0, 0.0, GRIP]

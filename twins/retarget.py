@@ -18,6 +18,7 @@ import numpy as np
 
 from twins import kinematics, rotation
 from twins.env import TwinEnv, clip_action
+from twins.errands import ERRAND, roles
 from twins.observe import STATE_NAMES
 from twins.snapshot import Snapshot
 from twins.tasks.task import Task
@@ -135,7 +136,10 @@ def retarget(demonstration: Demonstration, configuration: dict[str, Any], task: 
     lower = _thinned(targets, step[max(lifted, lowered) : release])
     fit, lined_up = None, lower[:1]
     if released and task.finish.turns and not any(task.finish.spread):
-        fit = motions[1].moved, _pose(configuration, task, task.goal)[1] + task.finish.yaw
+        fit = (
+            motions[1].moved,
+            _pose(configuration, task, roles(task, configuration)[1])[1] + task.finish.yaw,
+        )
         bringing, straight = _straightened(*bringing, release, lower)
         lower = [t for t in lower if t < min(straight, default=release)] + straight
         lined_up = straight[:1]
@@ -216,9 +220,9 @@ def _motions(
     nearest to yaw 0, so that the arm reaches them.
     """
     shown, turns = demonstration.configuration, demonstration.turns
-    (thing, yaw), (goal, goal_yaw) = (_pose(shown, task, t) for t in (task.grasped, task.goal))
+    (thing, yaw), (goal, goal_yaw) = (_pose(shown, task, t) for t in roles(task, shown))
     (new_thing, new_yaw), (new_goal, new_goal_yaw) = (
-        _pose(configuration, task, t) for t in (task.grasped, task.goal)
+        _pose(configuration, task, t) for t in roles(task, configuration)
     )
     by, goal_by = new_yaw - yaw, new_goal_yaw - goal_yaw
     hand = rotation.yaw(turns[grasp]), rotation.yaw(turns[release])
@@ -272,6 +276,7 @@ class Tracker:
             raise ValueError("demonstrations is empty, at least one is needed")
         self._env, self._demonstrations = env, demonstrations
         self._rng = np.random.default_rng(seed)
+        self._configurations: list[dict[str, Any]] = []
         self._plans: list[Plan | None] = [None] * env.num_envs
         self._fitted: list[Plan | None] = [None] * env.num_envs  # to how the thing is held
         self._at = np.zeros(env.num_envs, int)
@@ -280,9 +285,13 @@ class Tracker:
 
     def begin(self, mask: np.ndarray | None = None) -> None:
         """Plan the present episodes, of the environments in `mask` (N,) or of all."""
-        configurations = self._env.configurations()
+        self._configurations = configurations = self._env.configurations()
         for i in range(self._env.num_envs) if mask is None else np.flatnonzero(mask):
-            demonstration = self._demonstrations[self._rng.integers(len(self._demonstrations))]
+            wanted = configurations[i].get(ERRAND)
+            # Of another errand where nobody has shown this one: things of one task are held alike.
+            shown = [d for d in self._demonstrations if d.configuration.get(ERRAND) == wanted]
+            shown = shown or self._demonstrations
+            demonstration = shown[self._rng.integers(len(shown))]
             plan = retarget(demonstration, configurations[i], self._env.task)
             self._plans[i] = self._fitted[i] = plan
             self._at[i] = self._waited[i] = 0
@@ -300,9 +309,11 @@ class Tracker:
                 continue
             if original.fit is not None and original.bringing <= self._at[i] <= original.release:
                 pushed = PUSH if self._at[i] == original.release else 0.0
-                self._fitted[i] = _fitted(original, env.task, now, i, pushed)
+                thing = roles(env.task, self._configurations[i])[0]
+                self._fitted[i] = _fitted(original, env.task, thing, now, i, pushed)
             elif original.used[self._at[i]]:
-                self._fitted[i] = _levelled(original, env.task, now, i)
+                thing = roles(env.task, self._configurations[i])[0]
+                self._fitted[i] = _levelled(original, thing, now, i)
             plan = self._fitted[i]
             self._advance(i, plan, target[i], turn[i], now, bool(still[i]))
             k = self._at[i]
@@ -337,11 +348,11 @@ class Tracker:
             self._at[i] = np.argmax(plan.used)  # what a tool has left over it goes over again
 
 
-def _fitted(plan: Plan, task: Task, now: Snapshot, i: int, pushed: float) -> Plan:
+def _fitted(plan: Plan, task: Task, name: str, now: Snapshot, i: int, pushed: float) -> Plan:
     """The plan, its part around the release moved so that the thing, as environment i's hand holds it, will fit."""
     assert plan.fit is not None
     place, yaw = plan.fit
-    thing, thing_turn = now.position[task.grasped][i], now.turn[task.grasped][i]
+    thing, thing_turn = now.position[name][i], now.turn[name][i]
     # The thing upright at each yaw that fits, and the hand with it; the hand that has to turn least is taken.
     fitting = rotation.about_z(yaw + _equal(task.finish.turns)) @ thing_turn.T
     hands = fitting @ now.tcp_turn[i]
@@ -355,9 +366,9 @@ def _fitted(plan: Plan, task: Task, now: Snapshot, i: int, pushed: float) -> Pla
     return plan._replace(targets=targets, turns=turns)
 
 
-def _levelled(plan: Plan, task: Task, now: Snapshot, i: int) -> Plan:
+def _levelled(plan: Plan, name: str, now: Snapshot, i: int) -> Plan:
     """The plan, the tool as environment i's hand holds it level where it is used, and pressed on."""
-    thing, thing_turn = now.position[task.grasped][i], now.turn[task.grasped][i]
+    thing, thing_turn = now.position[name][i], now.turn[name][i]
     upright = rotation.about_z(rotation.yaw(thing_turn)) @ thing_turn.T
     hand = upright @ now.tcp_turn[i]
     targets, turns = plan.targets.copy(), plan.turns.copy()

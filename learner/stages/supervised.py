@@ -16,7 +16,8 @@ from learner.learner import Learner
 from learner.settings import make_settings
 from twinrl.env import STATE, image_key
 
-Scenes = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]  # images by camera, state, labels
+# Images by camera, state, labels, and what is asked in each scene.
+Scenes = tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, list[str]]
 HELD_OUT = 512  # scenes whose pose error is reported
 CHECKPOINT_SECONDS = 60.0
 
@@ -33,11 +34,12 @@ def pretrain(
         learner.save("pretrained")
         return {"pose_rmse": [], "scenes": 0}
     observation = {
-        image_key(camera): np.concatenate([images[camera] for images, _, _ in scenes])
+        image_key(camera): np.concatenate([images[camera] for images, *_ in scenes])
         for camera in cameras
     }
-    observation[STATE] = np.concatenate([state for _, state, _ in scenes])
-    labels = np.concatenate([labels for _, _, labels in scenes])
+    observation[STATE] = np.concatenate([state for _, state, *_ in scenes])
+    labels = np.concatenate([labels for _, _, labels, _ in scenes])
+    told = [text for *_, instruction in scenes for text in instruction]
     held_out = min(HELD_OUT, len(labels) // 10)
     test = {key: value[:held_out] for key, value in observation.items()}
     train = {key: value[held_out:] for key, value in observation.items()}
@@ -47,14 +49,14 @@ def pretrain(
         make_settings(PretrainConfig, options, "pretrain.options"),
         train,
         labels[held_out:],
-        learner.instruction,
+        told[held_out:],
         learner.seed,
     )
     if resumed:
         algorithm.load_state_dict(state["pretrain"])
     if _train(learner, algorithm, "pretrained", "pretrain"):
         learner.finish("pretrained")
-    errors = algorithm.errors(test, labels[:held_out])
+    errors = algorithm.errors(test, labels[:held_out], told[:held_out])
     return {"pose_rmse": errors.tolist(), "scenes": len(labels) - held_out, "steps": algorithm.step}
 
 

@@ -273,6 +273,10 @@ class GymnasiumEnv(gymnasium.vector.VectorEnv if _VECTOR else object):
         """The configuration of each environment's present episode; passing one to `reset` repeats it."""
         return list(self._configurations)
 
+    def instructions(self) -> list[str]:
+        """N, what the policy is told: the same in all episodes."""
+        return [self.instruction] * self.num_envs
+
     # -- steps -----------------------------------------------------------------------------------------------
 
     def step(

@@ -289,6 +289,7 @@ class RemoteEnv(VectorEnv):
                 self._ghosts[:] = True
             for flags in (self._ghosts, self._void, self._done):
                 flags[mask] = False
+            self._configurations = list(found[1].get("configurations", self._configurations))
             return found
         raise SimulationLost(f"{self._link.target} was lost in {RESETS} resets one after the other")
 
@@ -338,6 +339,10 @@ class RemoteEnv(VectorEnv):
         except SimulationLost:
             self._lose()
         return list(self._configurations)
+
+    def instructions(self) -> list[str]:
+        """N, what the policy is told: an episode's own where its configuration has one."""
+        return [c.get("instruction", self.instruction) for c in self._configurations]
 
     def expert(self, noise: float = 0.0) -> np.ndarray:
         """The scripted expert's actions (N, 7) float32, where the environment has one; zeros without a worker."""

@@ -6,6 +6,7 @@ import difflib
 from importlib.metadata import entry_points
 
 from twins.tasks.erase_whiteboard import EraseWhiteboard
+from twins.tasks.follow_instruction import FollowInstruction
 from twins.tasks.insert_hexagon import InsertHexagonBlock
 from twins.tasks.insert_triple_column import InsertTripleColumnBlock
 from twins.tasks.pick_and_place import PickAndPlace
@@ -14,7 +15,13 @@ from twins.tasks.task import Snapshot, Task
 GROUP = "twinrl.tasks"
 TASKS: dict[str, type] = {
     task.name: task
-    for task in (PickAndPlace, InsertHexagonBlock, InsertTripleColumnBlock, EraseWhiteboard)
+    for task in (
+        PickAndPlace,
+        InsertHexagonBlock,
+        InsertTripleColumnBlock,
+        EraseWhiteboard,
+        FollowInstruction,
+    )
 }
 
 __all__ = ["TASKS", "Snapshot", "Task", "make_task", "task_names"]

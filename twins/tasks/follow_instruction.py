@@ -20,11 +20,8 @@ from twins.tasks.task import GRIPPER, Array, Box, Finish, Grasp, Memory, Snapsho
 
 HALF, HEIGHT, MASS = 0.022, 0.03, 0.1  # m, half a block's side and height; kg
 PAD, PAD_HEIGHT = 0.06, 0.001  # m, a pad's radius; it is paint, which nothing touches
-BLOCK_X, BLOCK_Y, YAW = (
-    (0.37, 0.5),
-    (0.02, 0.25),
-    math.pi / 4,
-)  # m, m on either side, rad either way
+BLOCK_X, BLOCK_Y = (0.37, 0.5), (0.02, 0.25)  # m, where it starts; y on either side
+YAW = 0.4  # rad, either way
 PAD_X, PAD_Y = (0.58, 0.67), (-0.22, 0.22)  # m
 # Least distances at a reset, m: the open hand, 12 cm wide with its fingers, needs room beside what it takes.
 BLOCKS_APART, PADS_APART, APART = 0.11, 0.16, 0.12
