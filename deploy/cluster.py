@@ -174,8 +174,7 @@ class Cluster:
                 policy_config,
                 config.seed,
                 "auto" if of_inference else "cpu",
-                # While a shared policy computes, the twin actors that ask it wait.
-                config.twins.actors if config.inference.where == "shared" else 1,
+                config.inference.threads,
             ),
             make_reporter=reporter("inference"),
             weights=source,

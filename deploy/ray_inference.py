@@ -22,12 +22,15 @@ class RayInference:
     actor back, and it acts again as soon as it has weights.
     """
 
+    def __init__(self, name: str = INFERENCE) -> None:
+        self._name = name
+
     @cached_property
     def _actor(self) -> Any:
-        return ray.get_actor(INFERENCE)
+        return ray.get_actor(self._name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return RayInference, ()
+        return RayInference, (self._name,)
 
     def __call__(self, request: Request) -> Answer:
         """The answer, at the latest a little after the request's patience; else DeadlineError."""

@@ -273,6 +273,9 @@ class InferenceConfig(Section):
     deadline_ms: float = Field(
         2.0, ge=0, description="how long a batch's first request waits for others, ms"
     )
+    threads: int = Field(
+        1, ge=1, description="torch threads of the inference actor, for free cores of a CPU"
+    )
 
 
 class GatewayConfig(Section):
