@@ -1,4 +1,4 @@
-"""Instructions as a bag of hashed words: enough to tell tasks apart without a tokenizer's vocabulary."""
+"""Instructions as hashed words: enough to tell tasks apart without a tokenizer's vocabulary."""
 
 from __future__ import annotations
 
@@ -18,21 +18,35 @@ def tokens(instruction: str, buckets: int) -> tuple[int, ...]:
 
 
 class InstructionEncoder(nn.Module):
-    """Mean of hashed word embeddings."""
+    """Hashed word embeddings: one for each word, and their mean."""
 
     def __init__(self, dim: int = 16, buckets: int = 512) -> None:
         super().__init__()
         self.buckets = buckets
-        self.embedding = nn.EmbeddingBag(buckets, dim, mode="mean")
+        self.embedding = nn.Embedding(buckets, dim)
 
-    def forward(self, instruction: str | Sequence[str], batch: int) -> Tensor:
-        """One instruction for all, or one for each of `batch` rows -> (batch, dim) float32."""
+    def forward(
+        self, instruction: str | Sequence[str], batch: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One instruction for all, or one for each of `batch` rows.
+
+        -> words (batch, L, dim) float32, which of them are words and not padding (batch, L) bool, and the words' mean
+        (batch, dim). L is the length of the longest instruction.
+        """
         same = isinstance(instruction, str)
         rows = [instruction] if same else list(instruction)
         if not same and len(rows) != batch:
             raise ValueError(f"{len(rows)} instructions for {batch} observations")
-        bags = [tokens(row, self.buckets) for row in rows]
-        flat = torch.tensor([token for bag in bags for token in bag], dtype=torch.long)
-        starts = torch.tensor([0] + [len(bag) for bag in bags[:-1]], dtype=torch.long).cumsum(0)
-        embedded = self.embedding(flat, starts)
-        return embedded.expand(batch, -1) if same else embedded
+        found = [tokens(row, self.buckets) for row in rows]
+        longest = max(map(len, found), default=0)
+        device = self.embedding.weight.device
+        index = torch.tensor(
+            [[*each, *[0] * (longest - len(each))] for each in found], dtype=torch.long
+        ).view(len(rows), longest)
+        count = torch.tensor([len(each) for each in found])
+        present = (torch.arange(longest) < count[:, None]).to(device)
+        words = self.embedding(index.to(device)) * present[..., None]
+        mean = words.sum(1) / count.clamp_min(1).to(device)[:, None]
+        if same:
+            return tuple(each.expand(batch, *each.shape[1:]) for each in (words, present, mean))
+        return words, present, mean

@@ -1,28 +1,74 @@
-"""The small vision-language-action policy: cameras, instruction and proprioception to an action chunk."""
+"""The default vision-language-action policy: cameras, instruction and proprioception to an action chunk."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from policies.experts import MLPExpert
+from policies.experts import MLPExpert, TransformerExpert
+from policies.flow import FlowExpert
 from policies.language import InstructionEncoder
 from policies.layers import mlp
 from policies.normalise import Normaliser
 from policies.policy import Policy
-from policies.vision import CameraEncoder
+from policies.tower import PretrainedEncoder
+from policies.trunk import LatentTrunk, TransformerTrunk
+from policies.vision import PRECISIONS, CameraEncoder, PatchEncoder
 from twinrl.env import ACTION_DIM, STATE, image_key
+
+CHOICES = {
+    "stem": ("keypoints", "patches", "pretrained"),
+    "trunk": ("latent", "transformer"),
+    "expert": ("mlp", "transformer"),
+    "precision": PRECISIONS,
+    "compile": ("none", "default", "max-autotune-no-cudagraphs"),
+}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A VLA's networks. Sizes by name are in policies/presets.py."""
+
+    stem: str = "keypoints"  # what makes tokens of an image, one of CHOICES["stem"]
+    width: int = 16  # channels of a stem's first convolution
+    keypoints: int = 32  # a camera has with stem keypoints
+    patch: int = 8  # pixels, with stem patches
+    vision_model: str | None = None  # folder or name, with stem pretrained
+    vision_frozen: bool = True  # the pretrained encoder stays as it was published
+    camera_tokens: int = 4  # tokens of a camera, with stems keypoints and pretrained
+    vocabulary: int = 512  # buckets of hashed words
+    word_dim: int = 16  # numbers of a word
+    words: int = 16  # the longest instruction, with trunk transformer
+    trunk: str = "latent"  # one layer to one token, or a transformer
+    latent: int = 128  # width of the prefix's tokens
+    trunk_layers: int = 2
+    expert: str = "mlp"  # on one vector, or a transformer that reads the prefix
+    hidden: int = 256  # width of the expert and of critics
+    expert_layers: int = 3
+    head_dim: int = 32  # of attention
+    precision: str = "auto"  # see docs/policies.md
+    compile: str = "none"  # torch.compile's mode, of trunk and expert transformers
+
+    def __post_init__(self) -> None:
+        for key, allowed in CHOICES.items():
+            if getattr(self, key) not in allowed:
+                raise ValueError(f"{key} is {getattr(self, key)!r}: one of {', '.join(allowed)}")
+        if (self.stem == "pretrained") != (self.vision_model is not None):
+            raise ValueError("stem pretrained and vision_model need one another")
 
 
 class VLA(Policy):
-    """Keypoints of each camera, hashed words and the state, fused into a latent code.
+    """Cameras, words and state become a prefix of tokens, on which an expert's flow over chunks is conditioned.
 
-    Features hold a latent code, the auxiliary head's object poses (trained on twin labels, fed forward without
-    gradient), the normalised state and the instruction. Object poses are never an input.
+    Features hold the prefix (of which an MLP expert gets the readout alone) and numbers: the auxiliary head's object
+    poses (trained on twin labels, fed forward without gradient), the normalised state and the words' mean. Object poses
+    are never an input. Without cameras there is nothing to see: features are state and words.
     """
 
     def __init__(
@@ -34,42 +80,43 @@ class VLA(Policy):
         image_size: int = 64,
         chunk: int = 4,
         action_dim: int = ACTION_DIM,
-        integration_steps: int = 10,
         noisy_steps: int = 0,
-        width: int = 16,
-        keypoints: int = 32,
-        latent: int = 128,
-        hidden: int = 256,
         critics: int = 5,
-        precision: str = "auto",
+        **settings: Any,
     ) -> None:
-        vision = nn.ModuleDict(
-            {name: CameraEncoder(image_size, width, keypoints, precision) for name in cameras}
-        )
-        language = InstructionEncoder()
-        words = language.embedding.embedding_dim
-        seen = sum(camera.dim for camera in vision.values())
-        width = latent + pose_dim + state_dim + words
+        """`settings`: those of Architecture, and Policy's."""
+        known = Architecture.__dataclass_fields__
+        net = Architecture(**{key: settings.pop(key) for key in list(settings) if key in known})
+        # What is not seen is not predicted: features are state and words alone.
+        pose_dim = pose_dim if cameras else 0
+        numbers = pose_dim + state_dim + net.word_dim
         super().__init__(
-            expert=MLPExpert(width, chunk * action_dim, hidden, noisy_steps=noisy_steps),
+            expert=make_expert(net, bool(cameras), numbers, chunk, action_dim, noisy_steps),
             state_dim=state_dim,
             cameras=cameras,
             chunk=chunk,
             action_dim=action_dim,
-            integration_steps=integration_steps,
             critics=critics,
-            critic_hidden=hidden,
+            critic_hidden=net.hidden,
+            **settings,
         )
-        self.feature_shape = (width,)
-        self.latent, self.pose_dim = latent, pose_dim
-        self.vision, self.language = vision, language
-        self.fuse = nn.Sequential(
-            nn.Linear(seen + state_dim + words, latent), nn.LayerNorm(latent), nn.GELU()
-        )
-        self.pose = mlp(latent, latent, pose_dim, 1)
+        self.architecture = net
+        self.latent, self.pose_dim = net.latent, pose_dim
+        self.vision = nn.ModuleDict({name: make_stem(net, image_size) for name in cameras})
+        self.language = InstructionEncoder(net.word_dim, net.vocabulary)
+        self.trunk = make_trunk(net, self.vision, state_dim)
+        self.pose = mlp(net.latent, net.latent, pose_dim, 1) if cameras else None
         # Two views of the state: what the encoder met in its scenes, and all of it for the expert.
         self.scene_normaliser = Normaliser(state_dim)
         self.pose_normaliser = Normaliser(pose_dim)
+        if isinstance(self.flow, TransformerExpert):
+            self.feature_shape = (self.trunk.tokens + self.flow.rows, net.latent)
+        else:
+            self.feature_shape = (self.flow.summary_dim,)
+        if net.compile != "none":
+            for module in (self.trunk, self.flow.network):
+                if module is not None:
+                    module.compile(mode=net.compile)
 
     @torch.no_grad()
     def fit_scenes(self, states: Tensor, labels: Tensor) -> None:
@@ -78,6 +125,7 @@ class VLA(Policy):
         Placed scenes have no past: numbers that never vary there (last actions) would reach the encoder untrained and
         are kept from it.
         """
+        self._look()
         self.scene_normaliser.fit_moments(states)
         constant = states.std(0) < 1e-4
         self.scene_normaliser.scale[constant] = torch.inf
@@ -91,18 +139,92 @@ class VLA(Policy):
 
     def encoder_parameters(self) -> list[nn.Parameter]:
         """Everything before the features; frozen while features are cached."""
-        parts = (self.vision, self.language, self.fuse, self.pose)
-        return list(chain.from_iterable(part.parameters() for part in parts))
+        parts = (self.vision, self.language, self.trunk, self.pose)
+        every = chain.from_iterable(part.parameters() for part in parts if part is not None)
+        return [parameter for parameter in every if parameter.requires_grad]
 
     def encode(self, observation: Mapping[str, Tensor], instruction: str | Sequence[str]) -> Tensor:
-        """`observation.images.<camera>` (B, H, W, 3) uint8 and `observation.state` (B, S) -> (B, F)."""
-        scene = self.scene_normaliser(observation[STATE]).clamp(-5.0, 5.0)
+        """`observation.images.<camera>` (B, H, W, 3) uint8 and `observation.state` (B, S) -> (B, *feature_shape)."""
         state = self.state_normaliser(observation[STATE]).clamp(-5.0, 5.0)
-        seen = [self.vision[name](observation[image_key(name)]) for name in self.cameras]
         words = self.language(instruction, len(state))
-        latent = self.fuse(torch.cat([*seen, scene, words], dim=-1))
-        return torch.cat([latent, self.pose(latent).detach(), state, words], dim=-1)
+        numbers = [state, words[2]]
+        if self.trunk is None:
+            return torch.cat(numbers, dim=-1)
+        scene = self.scene_normaliser(observation[STATE]).clamp(-5.0, 5.0)
+        half = self.architecture.precision == "bfloat16" or (
+            self.architecture.precision == "auto" and state.device.type != "cpu"
+        )
+        with torch.autocast(state.device.type, torch.bfloat16, enabled=half):
+            seen = {
+                name: camera(observation[image_key(name)]) for name, camera in self.vision.items()
+            }
+            tokens = self.trunk(seen, scene, words).to(state.dtype)
+        if self.pose is not None:
+            numbers.insert(0, self.pose(tokens[:, 0]).detach())
+        if isinstance(self.flow, TransformerExpert):
+            return torch.cat([tokens, self.flow.as_rows(torch.cat(numbers, dim=-1))], dim=1)
+        return torch.cat([tokens[:, 0], *numbers], dim=-1)
 
     def predict_pose(self, features: Tensor) -> Tensor:
-        """The auxiliary head on `features` (B, F), with gradient -> normalised labels (B, pose_dim)."""
-        return self.pose(features[:, : self.latent])
+        """The auxiliary head on `features` (B, ...), with gradient -> normalised labels (B, pose_dim)."""
+        self._look()
+        readout = features[:, 0] if features.ndim == 3 else features[:, : self.latent]
+        return self.pose(readout)
+
+    def _look(self) -> None:
+        if self.pose is None:
+            raise ValueError("a policy without cameras has no encoder to train on scenes")
+
+
+def make_stem(net: Architecture, image_size: int) -> nn.Module:
+    """One camera's encoder: images (B, H, W, 3) uint8 -> (B, dim), or (B, tokens, dim)."""
+    if net.stem == "keypoints":
+        return CameraEncoder(image_size, net.width, net.keypoints, net.precision)
+    if net.stem == "patches":
+        return PatchEncoder(image_size, net.patch, net.width, net.precision)
+    return PretrainedEncoder(
+        net.vision_model, net.camera_tokens, frozen=net.vision_frozen, precision=net.precision
+    )
+
+
+def make_trunk(net: Architecture, vision: nn.ModuleDict, state_dim: int) -> nn.Module | None:
+    """What fuses cameras, words and the state; None where an MLP expert gets state and words as they are."""
+    if net.expert == "mlp" and not vision:
+        return None
+    if net.trunk == "latent":
+        return LatentTrunk(vision, state_dim, net.word_dim, net.latent)
+    return TransformerTrunk(
+        vision,
+        state_dim,
+        net.word_dim,
+        net.latent,
+        layers=net.trunk_layers if vision else 0,
+        head_dim=net.head_dim,
+        vector_tokens=net.camera_tokens,
+        longest=net.words,
+    )
+
+
+def make_expert(
+    net: Architecture, sees: bool, numbers: int, chunk: int, action_dim: int, noisy_steps: int
+) -> FlowExpert:
+    """The velocity field on `numbers` numbers and, if the policy `sees`, on what the trunk made of cameras."""
+    if net.expert == "mlp":
+        return MLPExpert(
+            numbers + net.latent * sees,
+            chunk * action_dim,
+            net.hidden,
+            net.expert_layers,
+            noisy_steps=noisy_steps,
+        )
+    return TransformerExpert(
+        net.latent,
+        numbers,
+        chunk,
+        action_dim,
+        net.hidden,
+        net.expert_layers,
+        net.head_dim,
+        noisy_steps,
+        half=net.precision == "bfloat16",
+    )

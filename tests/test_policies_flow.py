@@ -145,8 +145,8 @@ def test_masked_numbers_have_no_influence(head, features):
     ]
     assert torch.equal(*losses)
     losses[0].sum().backward()
-    assert head.body[-1][-1].bias.grad[14:].abs().max() == 0
-    assert head.body[-1][-1].bias.grad[:14].abs().min() > 0
+    assert head.network[-1][-1].bias.grad[14:].abs().max() == 0
+    assert head.network[-1][-1].bias.grad[:14].abs().min() > 0
 
 
 def test_quiet_steps_carry_gradient(head, features):
