@@ -16,6 +16,9 @@ PACKAGES = (
     "deploy",
 )
 
+# Pretrained vision-language models and what reads their weights; the small policy needs none of it.
+VLA = ["transformers>=5.23,<6"]
+
 setup(
     name="twinrl",
     version="0.1.0",
@@ -54,7 +57,9 @@ setup(
         "pillow>=10.1",
     ],
     extras_require={
+        "vla": VLA,
         "dev": [
+            *VLA,
             "pytest>=8",
             "pytest-timeout>=2.3",
             "ruff>=0.15",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from twinrl.weights import checksum
 
@@ -17,9 +17,26 @@ class WeightsError(ValueError):
     """Weights that do not belong to this policy; nothing of them was loaded."""
 
 
+def published(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers that travel: all, but for those that `module.fixed` names.
+
+    Those are the frozen weights that every process has loaded from the same place.
+    """
+    fixed = getattr(module, "fixed", frozenset())
+    return {name: t.detach() for name, t in module.state_dict().items() if name not in fixed}
+
+
 def to_arrays(module: nn.Module) -> Arrays:
-    """Views of all parameters and buffers (no copy: they change with training; copy before keeping)."""
-    return {name: tensor.detach().cpu().numpy() for name, tensor in module.state_dict().items()}
+    """Views of all that is published (no copy: they change with training; copy before keeping).
+
+    NumPy has no bfloat16: such a tensor's bits are uint16, which no parameter of ours is otherwise.
+    """
+    return {name: _bits(tensor.cpu()).numpy() for name, tensor in published(module).items()}
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The same memory in a dtype that NumPy has."""
+    return tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
 
 
 def load_arrays(
@@ -27,9 +44,10 @@ def load_arrays(
 ) -> None:
     """Load all of `arrays` or nothing; `expected` is the publisher's checksum (twinrl.weights.checksum).
 
-    Raises WeightsError for a missing or surplus name, another shape or dtype, or another checksum.
+    Raises WeightsError for a missing or surplus name, another shape or dtype, another checksum, or other frozen weights
+    than those beside which `arrays` were trained (`module.base`, see Pi0).
     """
-    own = module.state_dict()
+    own = {name: _bits(tensor) for name, tensor in published(module).items()}
     missing, surplus = sorted(own.keys() - arrays.keys()), sorted(arrays.keys() - own.keys())
     if missing or surplus:
         raise WeightsError(f"names differ: missing {missing[:5]}, surplus {surplus[:5]}")
@@ -42,6 +60,11 @@ def load_arrays(
         dtype = torch.empty(0, dtype=tensor.dtype).numpy().dtype
         if array.dtype != dtype:
             raise WeightsError(f"{name}: dtype {array.dtype}, this policy has {dtype}")
+    if "base" in own and int(arrays["base"]) != int(own["base"]):
+        raise WeightsError(
+            f"they were trained beside other frozen weights (base {int(arrays['base'])}, here {int(own['base'])}): "
+            f"policy.weights names something else there"
+        )
     if expected is not None and (found := checksum(arrays)) != expected:
         raise WeightsError(f"their checksum is {found:016x}, published was {expected:016x}")
     with torch.no_grad():
