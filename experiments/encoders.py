@@ -42,12 +42,8 @@ from twins.labels import labelled_scenes
 
 METHODS = ("pose", "auxiliary", "contrastive", "none", "random", "public")
 TEMPERATURE = 0.1  # of InfoNCE
+# As many core-seconds as `pose`.
 STEPS = {"contrastive": 550, "auxiliary": 1150, "none": 1450, "public": 700}
-    "contrastive": 650,
-    "auxiliary": 700,
-    "none": 700,
-    "public": 700,
-}  # as many core-seconds as `pose`
 POSE_WEIGHT = 1.0
 
 
