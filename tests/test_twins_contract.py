@@ -70,6 +70,11 @@ CASES = [
         breaks=spoil_mujoco,
     ),
     Case(
+        "mujoco with errands",
+        partial(make, task="follow-instruction", cameras=("side",), region="all"),
+        breaks=spoil_mujoco,
+    ),
+    Case(
         "mujoco in a worker",
         partial(make, cameras=("side",), **SERVED),
         breaks=kill_worker,
@@ -78,6 +83,11 @@ CASES = [
     Case(
         "mujoco-warp",
         partial(make, backend="mujoco-warp", cameras=("side",), randomisation="full"),
+        breaks=spoil_mujoco,
+    ),
+    Case(
+        "mujoco-warp with errands",
+        partial(make, task="follow-instruction", backend="mujoco-warp", cameras=("side",)),
         breaks=spoil_mujoco,
     ),
     Case("cartpole", partial(make, **CARTPOLE), breaks=spoil_cartpole),
@@ -260,7 +270,10 @@ def test_what_comes_out_is_what_was_described(pair):
     check_observation(env, observation)
     assert env.single_observation_space.contains({k: v[0] for k, v in observation.items()})
     assert info["configurations"] == env.configurations()
+    told = env.instructions()
+    assert len(told) == COUNT and all(isinstance(text, str) and text for text in told)
     step = env.step_chunk(draw(env, 0))
+    assert env.instructions() == told
     check_step(env, step, CHUNK)
     assert step.mask.all() or step.done.any()
     for action in step.action[step.mask]:
@@ -375,6 +388,19 @@ def test_a_configuration_is_plain_and_repeats_its_episode(case, pair):
             np.testing.assert_array_equal(value[0], repeated.observation[key][1], key)
         np.testing.assert_array_equal(step.reward[0], repeated.reward[1])
     other.close()
+
+
+@every
+def test_a_configuration_repeats_what_is_asked(pair):
+    env, other = pair.env, pair.other
+    env.reset(seed=4)
+    told, given = env.instructions(), json.loads(json.dumps(env.configurations()))
+    other.reset(seed=5)
+    other.reset(options={"configurations": given})
+    assert other.instructions() == told
+    mask = np.array([False, True, False])
+    other.reset(options={"reset_mask": mask, "configurations": [None, given[0], None]})
+    assert other.instructions() == [told[0], told[0], told[2]]
 
 
 @cases(lambda case: case.repeatable)
