@@ -217,6 +217,8 @@ def _play(
         except ValueError as error:
             raise ConfigError(str(error)) from None
         played.append(env.configurations()[0])
+        if env.instructions()[0] != env.instruction:  # asked in this episode alone
+            print(f'episode {number + 1}: "{env.instructions()[0]}"', flush=True)
         total, step, ended = 0.0, 0, ""
         yield Frame(number, 0, _pictures(env, observation), 0.0, "")
         while not ended:

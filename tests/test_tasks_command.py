@@ -94,6 +94,16 @@ def test_play_writes_a_video_and_the_configurations_that_repeat_it(tmp_path):
     assert_same_video(tmp_path / "again.mp4", tmp_path / "x.mp4")
 
 
+def test_play_tells_what_is_asked_in_an_episode_and_repeats_it(tmp_path):
+    words = ("--camera", "side", "--episodes", 1)
+    told = play(tmp_path, *words, task="follow-instruction")
+    (configuration,) = json.loads((tmp_path / "x.json").read_text())
+    assert f'episode 1: "{configuration["instruction"]}"' in told and "success after" in told
+    again = play(tmp_path, "--configuration", tmp_path / "x.json", task=None, name="again.mp4")
+    assert configuration["instruction"] in again
+    assert configuration["errand"] in twinrl("tasks", "follow-instruction")
+
+
 def test_play_takes_what_replay_show_prints(tmp_path):
     env = twins.make_env(num_envs=1, render=False)
     env.reset(seed=5)
