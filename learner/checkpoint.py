@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from policies.weights import WeightsError, load_tensors, published
 from twinrl.core.checksum import digest_of
 from twinrl.core.errors import DeadlineError, ResumeError, TwinRLError
 
@@ -38,7 +39,7 @@ def snapshot(
             "stage": stage,
             "version": version,
             "policy_config": policy_config,
-            "policy": policy.state_dict(),
+            "policy": published(policy),
             "algorithm": algorithm or {},
             "rng": torch.get_rng_state(),
         }
@@ -94,10 +95,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def restore_policy(policy: torch.nn.Module, state: dict[str, Any], path: Path) -> None:
     """Load a checkpoint's policy whole, and prove it by its hash."""
     try:
-        policy.load_state_dict(state["policy"], strict=True)
-    except RuntimeError as error:
+        load_tensors(policy, state["policy"])
+    except (RuntimeError, WeightsError) as error:
         raise ResumeError(f"{path} holds another policy: {error}") from None
-    if content_hash(policy.state_dict()) != state["policy_hash"]:
+    if content_hash(published(policy)) != state["policy_hash"]:
         raise ResumeError(f"{path}: the restored policy's hash differs from the saved one")
 
 

@@ -167,7 +167,7 @@ class Pi0(Policy):
         action_dim: int = ACTION_DIM,
         integration_steps: int = 10,
         noisy_steps: int = 0,
-        critics: int = 0,
+        critics: int = 5,
         critic_hidden: int = 256,
         sizes: str | Mapping[str, int] = "pi0",
         weights: str = "",

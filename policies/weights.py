@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,9 +49,7 @@ def load_arrays(
     than those beside which `arrays` were trained (`module.base`, see Pi0).
     """
     own = {name: _bits(tensor) for name, tensor in published(module).items()}
-    missing, surplus = sorted(own.keys() - arrays.keys()), sorted(arrays.keys() - own.keys())
-    if missing or surplus:
-        raise WeightsError(f"names differ: missing {missing[:5]}, surplus {surplus[:5]}")
+    _check_belonging(own, arrays)
     for name, tensor in own.items():
         array = np.asarray(arrays[name])
         if array.shape != tuple(tensor.shape):
@@ -60,11 +59,6 @@ def load_arrays(
         dtype = torch.empty(0, dtype=tensor.dtype).numpy().dtype
         if array.dtype != dtype:
             raise WeightsError(f"{name}: dtype {array.dtype}, this policy has {dtype}")
-    if "base" in own and int(arrays["base"]) != int(own["base"]):
-        raise WeightsError(
-            f"they were trained beside other frozen weights (base {int(arrays['base'])}, here {int(own['base'])}): "
-            f"policy.weights names something else there"
-        )
     if expected is not None and (found := checksum(arrays)) != expected:
         raise WeightsError(f"their checksum is {found:016x}, published was {expected:016x}")
     with torch.no_grad():
@@ -73,3 +67,21 @@ def load_arrays(
                 np.copyto(tensor.numpy(), arrays[name])  # torch takes no read-only views
             else:
                 tensor.copy_(torch.from_numpy(np.array(arrays[name])))
+
+
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Load what `published` gave, from a checkpoint; the errors are those of load_arrays, and torch's own."""
+    _check_belonging(published(module), tensors)
+    module.load_state_dict(tensors, strict=False)
+
+
+def _check_belonging(own: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+    """WeightsError unless both have the same names and stand beside the same frozen weights."""
+    missing, surplus = sorted(own.keys() - others.keys()), sorted(others.keys() - own.keys())
+    if missing or surplus:
+        raise WeightsError(f"names differ: missing {missing[:5]}, surplus {surplus[:5]}")
+    if "base" in own and (there := int(others["base"])) != (here := int(own["base"])):
+        raise WeightsError(
+            f"they were trained beside other frozen weights (base {there}, here {here}): "
+            f"policy.weights names something else there"
+        )

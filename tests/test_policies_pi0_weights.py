@@ -11,11 +11,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from learner.checkpoint import load_checkpoint, restore_policy, save_checkpoint
 from policies.pi0 import Pi0
 from policies.pi0_layers import Pi0Sizes
 from policies.pi0_weights import published_name, published_state
 from policies.registry import make_policy
 from policies.weights import WeightsError, load_arrays, published, to_arrays
+from twinrl.core.errors import ResumeError
 
 CAMERAS = ("side", "wrist")
 SMALL = {
@@ -113,7 +115,9 @@ LAYOUTS = {
 
 
 def make(weights="", **settings):
-    defaults = {"sizes": SMALL, "tokenizer": "hashed", "prompt_tokens": 9, "lora_rank": 2}
+    defaults = {
+        "sizes": SMALL, "tokenizer": "hashed", "prompt_tokens": 9, "lora_rank": 2, "critics": 0,
+    }  # fmt: skip
     return Pi0(
         state_dim=5, cameras=CAMERAS, chunk=3, weights=str(weights), **{**defaults, **settings}
     ).eval()
@@ -346,6 +350,26 @@ def test_frozen_weights_are_not_published_and_must_be_the_same_everywhere(tmp_pa
     ):
         load_arrays(stranger, arrays)
     assert torch.equal(stranger.flow.action_in_proj.weight, before)
+
+
+def test_checkpoints_hold_what_is_trained(tmp_path, tensors):
+    """Frozen weights stay where they were loaded from; a checkpoint beside others is refused."""
+    folder = write(tmp_path / "weights", tensors)
+    learner, resumed = make(folder), make(folder)
+    with torch.no_grad():
+        for parameter in (*learner.encoder_parameters(), *learner.flow.parameters()):
+            parameter.add_(0.1)
+    path = tmp_path / "stage1.pt"
+    save_checkpoint(path, stage="sft", version=3, policy=learner, policy_config={})
+    state = load_checkpoint(path)
+    assert state["policy"].keys() == published(learner).keys()
+    restore_policy(resumed, state, path)
+    assert all(
+        torch.equal(a, b) for a, b in zip(learner.parameters(), resumed.parameters(), strict=True)
+    )
+    others = {**tensors, PALIGEMMA + "model.language_model.norm.weight": torch.ones(24)}
+    with pytest.raises(ResumeError, match="beside other frozen weights"):
+        restore_policy(make(write(tmp_path / "others", others)), state, path)
 
 
 def test_random_weights_are_published_whole(source):
