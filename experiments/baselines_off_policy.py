@@ -23,6 +23,7 @@ SETTINGS: dict[str, Any] = {
     "hidden": 128,
     "critics": 4,
     "horizon": 3,  # steps of a return before it bootstraps
+    "span": 50,  # steps of random play whose rewards are one unit of value
     "batch": 128,
     "updates": 1,  # for each step
     "algorithm": {
@@ -128,7 +129,7 @@ def train(
         if step == settings["random"]:
             policy.fit_begin(replay.sample(4096)[STATE], low, high)
             # Values of about 1, whatever a task's rewards are: critics with LayerNorm start near 0 and move slowly.
-            replay.reward_scale = replay.mean_reward() / (1.0 - algorithm.config.gamma)
+            replay.reward_scale = replay.mean_reward() * settings["span"]
         if known:
             for _ in range(settings["updates"]):
                 algorithm.update(replay.sample(settings["batch"]))

@@ -46,7 +46,11 @@ class StandIn:
     def __init__(self, policy: torch.nn.Module, settings: dict[str, Any], seed: int) -> None:
         self._settings = settings
         self._env = make_env(
-            num_envs=1, seed=seed + 9000, variant="standin", max_steps=settings["max_steps"]
+            num_envs=1,
+            seed=seed + 9000,
+            variant="standin",
+            max_steps=settings["max_steps"],
+            observe=settings.get("observe", "images"),
         )
         self._runner = Runner(policy, seed + 1)
         self._segments: list[Segment] = []
@@ -130,11 +134,13 @@ class Replay:
             ]
         )
         batch = {key: parts[0][rows] for key, parts in self._columns.items()}
+        cameras = [key for key in self._segments[0].columns if key.startswith(IMAGE_PREFIX)]
         for prefix in ("", "next."):
             frames = batch.pop(f"{prefix}frame")
+            if not cameras:  # a state is encoded again faster than it is found
+                continue
             batch[f"{prefix}observation.id"] = (frames[:, 0] << 20) + frames[:, 1]
-            for key in self._segments[0].columns:
-                if key.startswith(IMAGE_PREFIX):
-                    images = [self._segments[s].columns[key][row] for s, row in frames]
-                    batch[prefix + key] = np.stack(images)
+            for key in cameras:
+                images = [self._segments[s].columns[key][row] for s, row in frames]
+                batch[prefix + key] = np.stack(images)
         return batch

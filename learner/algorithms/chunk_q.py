@@ -37,6 +37,8 @@ class ChunkQConfig(CriticConfig, ImprovementConfig):
     """Settings of all parts."""
 
     improvement: str = "best_of_n"  # or one_step, or none: imitation alone
+    horizon: int = 1  # chunks of executed steps in a return before it bootstraps
+    offline_updates: int = 0  # made on what others left, before the arm brings anything
     actor_every: int = 2  # critic updates for one actor update
     actor_warmup: int = 500  # critic-only updates at the start
     actor_learning_rate: float = 2e-4  # of the flow
@@ -47,6 +49,8 @@ class ChunkQConfig(CriticConfig, ImprovementConfig):
     ema: float = 0.995  # decay of the averaged flow, which is the policy's
 
     def __post_init__(self) -> None:
+        if self.horizon < 1:
+            raise ValueError(f"horizon is {self.horizon}, must be at least 1 chunk")
         if self.improvement not in (*IMPROVEMENTS, "none"):
             raise ValueError(
                 f"improvement is {self.improvement!r}, not one of {(*IMPROVEMENTS, 'none')}"

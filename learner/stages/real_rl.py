@@ -1,4 +1,4 @@
-"""Stage 3: off-policy RL on demonstrations, twin data and what the arm does, with a chunk critic."""
+"""Stage 3: off-policy RL on demonstrations, twin data and what the arm does, with chunk critics; or imitation alone."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from learner.algorithms.sft import ImitationData
 from learner.dataset import windows
 from learner.features import FeatureCache
 from learner.learner import Learner
+from learner.settings import make_settings
 
 CHECKPOINT_SECONDS = 20.0
 IDLE = 0.05  # s between looks for new transitions
@@ -35,19 +36,20 @@ def real_rl(
     """ChunkQ from checkpoint `start` until stopped; checkpoint `name`.
 
     `updates_per_step` updates are made for each real transition, however fast the arm's clock runs: a fast
-    simulated arm gives the learner no extra time, and a slow learner makes them after the arm has left.
+    simulated arm gives the learner no extra time, and a slow learner makes them after the arm has left. The
+    `offline_updates` of `options` come before, on demonstrations and twin data.
     """
     resumed = learner.has(f"{name}-running")
     state = learner.restore(f"{name}-running" if resumed else start)
     policy, reader = learner.policy, learner.reader
-    algorithm = ChunkQ(
-        policy, ChunkQConfig(**options), FeatureCache(policy, learner.instruction), learner.seed
-    )
+    config = make_settings(ChunkQConfig, options, "real_rl.options")
+    algorithm = ChunkQ(policy, config, FeatureCache(policy, learner.instruction), learner.seed)
     if resumed:
         algorithm.load_state_dict(state["chunk_q"])
-    imitation = _Imitation(learner)
+    imitation = _Imitation(learner, people_only=config.improvement == "none")
     learner.publish()
-    with Prefetcher(reader, batch_size, mix=mix) as batches:
+    window = config.horizon * policy.chunk
+    with Prefetcher(reader, batch_size, mix=mix, chunk=window) as batches:
         updates, due = _train(
             learner, algorithm, imitation, batches, name, updates_per_step, publish_every
         )
@@ -69,7 +71,7 @@ def _train(
     updates, saved, leaving = algorithm.step, time.monotonic(), None
     while True:
         imitation.refresh()
-        due = int(updates_per_step * imitation.real_steps)
+        due = algorithm.config.offline_updates + int(updates_per_step * imitation.real_steps)
         if learner.stopping:
             leaving = leaving or time.monotonic()
             if updates >= due or time.monotonic() - leaving > DRAIN_SECONDS:
@@ -92,11 +94,12 @@ def _train(
 
 class _Imitation:
     """What is worth cloning: demonstrations, expansion, what stage 2 achieved last in randomised twins, and of the
-    arm's episodes what a person did or what succeeded. Without stage 2's own successes the first two would pull the
-    policy back to stage 1. Grows as episodes arrive; only new windows are encoded."""
+    arm's episodes what a person did or what succeeded; with `people_only` (HG-DAgger) of the latter only what a
+    person did. Without stage 2's own successes the first two would pull the policy back to stage 1. Grows as episodes
+    arrive; only new windows are encoded."""
 
-    def __init__(self, learner: Learner) -> None:
-        self._learner = learner
+    def __init__(self, learner: Learner, people_only: bool) -> None:
+        self._learner, self._people_only = learner, people_only
         self._seen: set[int] = set()
         learner.reader.sync()
         self.real_steps = 0
@@ -121,6 +124,8 @@ class _Imitation:
         segments = [s for s in reader.load(entries) if s is not None]
         self._seen.update(entry.id for entry in entries)
         self.real_steps += sum(segment.steps for segment in segments)
+        if self._people_only:
+            segments = [s for s in segments if s.columns["intervention"].any()]
         try:
             fresh = windows(segments, self._learner.policy.chunk)
         except ValueError:  # nothing in them may be cloned
