@@ -21,7 +21,7 @@ from twinrl.env import PRIVILEGED, STATE, image_key
 from twinrl.weights import Weights, make_weights
 
 CAMERAS = ("side", "wrist")
-PIXELS, STATE_DIM, POSE_DIM = 64, 33, 20
+PIXELS, STATE_DIM, POSE_DIM = 64, 27, 14  # pick-and-place
 
 
 def policy_config(steps: int, **policy: Any) -> dict[str, Any]:

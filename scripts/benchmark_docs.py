@@ -11,7 +11,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks are no package of the distribution
 
-from benchmarks import envs  # noqa: E402
+from benchmarks import envs, inference, learner  # noqa: E402
 from benchmarks.replay_bench.bench import Row  # noqa: E402
 from benchmarks.replay_bench.figures import CALM, FIGURES, medians  # noqa: E402
 
@@ -83,6 +83,8 @@ Written by `scripts/benchmark_docs.py` from `benchmarks/results/`: measure again
 | `python -m benchmarks.codecs` | image codecs: [codecs](codecs.md) | `codecs.json` |
 | `python -m benchmarks.envs` | environments beside bare physics and tracing, and beside other fleets | `envs.json` |
 | `python -m benchmarks.envs --device cuda` | the same environments on a GPU | `envs_cuda.json` |
+| `python -m benchmarks.learner --full` | training, fed by the replay service beside a bare loop; each size of policy | `learner.json` |
+| `python -m benchmarks.inference` | a policy in each rollout actor beside a shared one | `inference.json` |
 
 Each takes `--quick` (some minutes at most) and `--json FILE`; `make bench` runs the quick forms of all. The replay's peers
 run in environments of their own: `make peers` builds them (1.4 GB); without them their rows are left out. One group of
@@ -156,6 +158,27 @@ many threads as there are cores. gym-hil runs its own scene, whose robot is made
 resets of all; two copies of the images (8 pixels) are taken off.
 """
 
+LEARNER_METHOD = """## How learner and inference are measured
+
+**Fed by the replay service.** The demo's policy, untrained, on one thread. A replay service in a process of its own holds 100
+segments of 32 transitions of each source (two 64x64 images), and another process writes to it while the learner trains:
+400 transitions a second for SFT, 1.5 times what is taken for PPOFlow, 60 for off-policy RL. PPOFlow takes 64 segments (512
+chunks) an iteration, without an early end; off-policy RL draws batches of 256 windows ahead from all sources and has met
+the observations before, but for those that come in. *Bare* is the same policy with everything in memory and nobody
+else at work: for SFT a loop written with PyTorch alone, for the other two the algorithm's own `update` called on
+ready segments or batches. An update is one call. A ratio is taken within a round; `..._cpu` is the same ratio in processor
+time of the training thread.
+
+**Presets.** SFT's update with everything trained: encoding of the images, flow matching, gradients, AdamW, float32, one
+thread, a process for each; batches of 64 (`tiny`), 16 (`small`) and 1 (`base`). Memory is the most that the process used beyond
+what it had with its libraries loaded. `base` was not trained there: forward and backward, each gradient dropped as soon as it
+is known. FLOPs are counted by PyTorch while a step runs. On a GPU: bfloat16, MFU against the maker's figure for dense
+bfloat16.
+
+**Inference.** Ray actors with random observations, two images of 64x64 each; they ask again as soon as they have an answer,
+and simulate nothing in between. Latency is what the caller sees.
+"""
+
 
 def page() -> str:
     """The page's text."""
@@ -180,17 +203,25 @@ def page() -> str:
     device = _load("envs_cuda")
     if device:
         parts += ["", "### On a GPU\n", *_environment(device), *_device(device)]
-    parts += ["", METHOD, *([ENVS_METHOD] if found else []), *_missed()]
+    trained = _load("learner")
+    if trained:
+        parts += ["", "## Learner\n", *_environment(trained), *_figures(learner.FIGURES, trained)]
+    asked = _load("inference")
+    if asked:
+        parts += ["", "## Inference\n", "See [inference](inference.md).\n", *_environment(asked)]
+        parts += _figures(inference.FIGURES, asked)
+    parts += ["", METHOD, *([ENVS_METHOD] if found else [])]
+    parts += [*([LEARNER_METHOD] if trained or asked else []), *_missed()]
     return "\n".join(parts).rstrip() + "\n"
 
 
 def missed() -> list[str]:
     """Keys whose goals the committed results miss."""
     goals = {figure.key: figure.goal for figure in FIGURES} | {key: g for key, _, g in WEIGHTS}
-    goals |= {figure.key: figure.goal for figure in envs.FIGURES}
+    goals |= {figure.key: figure.goal for figure in (*envs.FIGURES, *learner.FIGURES)}
     found = {
         key: value
-        for name in ("replay", "weights", "envs")
+        for name in ("replay", "weights", "envs", "learner")
         for key, value in _load(name).get("figures", {}).items()
     }
     return [key for key, goal in goals.items() if key in found and not _reached(found[key], goal)]
@@ -252,6 +283,12 @@ def _table(lines: list[tuple[str, str, str, str]], report: dict[str, Any]) -> li
         verdict = ("yes" if _reached(value, goal) else "**no**") if goal else ""
         out.append(f"| `{key}` | {text} | {goal} | {shown} | {verdict} | {rows} |")
     return out
+
+
+def _figures(figures: list[Any], report: dict[str, Any]) -> list[str]:
+    """The table of those figures that there are: which, depends on the machine."""
+    known = [figure for figure in figures if figure.goal or figure.key in report["figures"]]
+    return _table([(f.key, f.text, f.goal, f"`--rows {f.rows}`") for f in known], report)
 
 
 def _device(report: dict[str, Any]) -> list[str]:
