@@ -193,4 +193,5 @@ def executed_windows(
             rows["truncated"].append(ended[1])
             rows["steps"].append(length)
             rows["source"].append(SOURCES.index(segment.header["source"]))
+            rows["instruction"].append(segment.header["instruction"])
     return {key: np.asarray(value) for key, value in rows.items()}
