@@ -165,11 +165,15 @@ class PPOFlow:
 
     @torch.no_grad()
     def _rescale_values(self, targets: Tensor) -> None:
-        """Let the network's unit follow the targets' moments; its last layer keeps what it says (PopArt, van Hasselt 2016)."""
+        """Let the network's unit follow the targets' moments; its last layer keeps what it says (PopArt, van Hasselt 2016).
+
+        Before anything was learned there is nothing to keep.
+        """
         centre, scale = float(targets.mean()), max(float(targets.std()), 1e-3)
-        last = self.value.network[-1]
-        last.weight.mul_(self._value_scale / scale)
-        last.bias.mul_(self._value_scale).add_(self._value_centre - centre).div_(scale)
+        if self.iteration:
+            last = self.value.network[-1]
+            last.weight.mul_(self._value_scale / scale)
+            last.bias.mul_(self._value_scale).add_(self._value_centre - centre).div_(scale)
         self._value_centre, self._value_scale = centre, scale
 
     # -- policy ------------------------------------------------------------------------------------------
