@@ -43,11 +43,11 @@ class CameraEncoder(nn.Module):
         self.tokens, self.dim = 1, 3 * keypoints
         self.layers = nn.Sequential(
             nn.Conv2d(3, width, 4, 2, 1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(width, 2 * width, 3, 2, 1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(2 * width, 2 * width, 3, 1, 1),
-            nn.ReLU(),
+            nn.ReLU(inplace=True),
             nn.Conv2d(2 * width, keypoints, 1),
         ).to(memory_format=torch.channels_last)
         self.temperature = nn.Parameter(torch.ones(keypoints, 1, 1))
@@ -56,7 +56,9 @@ class CameraEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """`images` (B, H, W, 3) uint8 -> (B, 3 * keypoints) float32: x, y in [-1, 1], strength in [0, 1]."""
-        heat = _convolved(self.layers, images, self.precision).float() * self.temperature
+        maps = _convolved(self.layers, images, self.precision)
+        # In the order in which softmax runs over it, so that it is copied once and not twice.
+        heat = maps.to(torch.float32, memory_format=torch.contiguous_format) * self.temperature
         weights = torch.softmax(heat.flatten(2), dim=-1).view_as(heat)  # (B, P, H/4, W/4)
         column = (weights.sum(2) * self.grid).sum(-1)
         row = (weights.sum(3) * self.grid).sum(-1)
