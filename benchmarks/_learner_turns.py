@@ -32,13 +32,15 @@ AHEAD = 1.5  # PPOFlow's segments come so much faster than they are taken
 BATCH = 256
 MIX = {"demo": 0.25, "twin": 0.25, "real": 0.5}  # a job's
 STEP_BITS = 20
+FIRST = 5  # updates that do not count: whatever is done once
 
 
 class Turns:
     """Everything that the turns need, made once: the service and its content, and batches in memory."""
 
-    def __init__(self, folder: Path, stored: int, taken: int) -> None:
-        """`stored`: segments of each source in the replay; `taken`: those of a PPOFlow iteration."""
+    def __init__(self, folder: Path, stored: int, taken: int, kept: int) -> None:
+        """`stored`: segments of each source in the replay; `taken`: those of a PPOFlow iteration; `kept`: batches in
+        memory for off-policy RL."""
         self.taken = taken
         self._kinds = {source: segments(source, self.policy()) for source in MIX}
         self.feed = Feed(folder, self._kinds, capacity=512 << 20)
@@ -49,7 +51,7 @@ class Turns:
         self.reader.sync()
         self._caches = {fed: FeatureCache(self.policy(), INSTRUCTION) for fed in (True, False)}
         self._iterations = 1.0  # of PPOFlow a second, as measured last
-        self._batches = [self._kept() for _ in range(32)]
+        self._batches = [self._kept() for _ in range(kept)]
 
     def close(self) -> None:
         """End the processes."""
@@ -72,11 +74,11 @@ class Turns:
         """Ours on windows that were read from the replay; the bare loop on tensors."""
         policy = self.policy()
         if not fed:
-            return _timed(_bare_sft(policy, windows(self._many("demo"), CHUNK)), seconds, 20)
+            return _timed(_bare_sft(policy, windows(self._many("demo"), CHUNK)), seconds, FIRST)
         shown = windows(list(self.reader.segments(source="demo")), CHUNK)
         algorithm = SFT(policy, SFTConfig(steps=10**6), shown)
         with _feeding(self.feed, "twin", TWIN_PACE):
-            return _timed(algorithm.update, seconds, 20)
+            return _timed(algorithm.update, seconds, FIRST)
 
     def _many(self, source: str) -> list[Any]:
         """As many segments as the replay holds of `source`, in memory."""
@@ -132,7 +134,7 @@ class Turns:
             Prefetcher(self.reader, BATCH, mix=MIX) as drawn,
             _feeding(self.feed, "real", REAL_PACE),
         ):
-            for _ in range(64):  # until what the replay holds was encoded once
+            for _ in range(2 * len(self._batches)):  # until what the replay holds was encoded once
                 algorithm.update(_named(next(drawn)), imitation)
             before = drawn.wait_s
             found = _timed(lambda: algorithm.update(_named(next(drawn)), imitation), seconds, 0)

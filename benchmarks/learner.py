@@ -50,13 +50,14 @@ class Size(NamedTuple):
     rounds: int = 5
     stored: int = 100  # segments of each source in the replay
     taken: int = 64  # segments of a PPOFlow iteration, of 8 chunks each
+    kept: int = 32  # batches in memory
     patience: float = 10.0  # s that a round may wait for a quiet moment
     presets: tuple[tuple[str, int], ...] = (("tiny", 64), ("small", 16))  # name, batch
     model_rounds: int = 3
 
 
-QUICK = Size(1.0, 3, 40, 16, 0.0, model_rounds=1)
-TINY = Size(0.2, 1, 16, 4, 0.0, (("tiny", 4),), 1)
+QUICK = Size(1.0, 3, 40, 16, 16, 0.0, model_rounds=1)
+TINY = Size(0.1, 1, 8, 4, 2, 0.0, (("tiny", 4),), 1)
 # Random weights; the trunk is frozen but for LoRA, as pi0's default is.
 PI0: dict[str, Any] = {"name": "pi0", "dtype": "bfloat16", "tokenizer": "hashed"}
 # On a GPU: policy, batch.
@@ -122,7 +123,7 @@ def fed(size: Size, full: bool) -> list[Row]:
     torch.set_num_threads(1)
     rows, others = [], Others()
     folder = Path(tempfile.mkdtemp(prefix="learner-"))
-    turns = Turns(folder, size.stored, size.taken)
+    turns = Turns(folder, size.stored, size.taken, size.kept)
     try:
         for number in range(size.rounds):
             for algorithm in ALGORITHMS:
