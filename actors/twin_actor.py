@@ -147,8 +147,13 @@ class TwinActor:
             joined = {key: np.concatenate([part[key] for part in seen]) for key in observation}
             return {"observation": joined, "action_low": low, "action_high": high}
 
-    def expand(self, episodes: int, noise: float, **env_options: Any) -> tuple[int, int]:
-        """Re-target the demonstrations to placements all over the table; record what succeeds, source "twin"."""
+    def expand(
+        self, episodes: int, noise: float, teacher: str = "retarget", **env_options: Any
+    ) -> tuple[int, int]:
+        """Re-target the demonstrations to placements all over the table; record what succeeds, source "twin".
+
+        With teacher "expert" the scripted expert plays instead.
+        """
         # As many environments as episodes: of more, only those that finish first would be recorded.
         with self._task_of("expansion", min(episodes, self._num_envs), env_options) as env:
             reader = self._make_reader()
@@ -156,18 +161,22 @@ class TwinActor:
             demonstrations = list(reader.segments(source="demo"))
             retargeter = self._make_retargeter(env, demonstrations, self._rng)
 
-            def teacher() -> tuple[np.ndarray, np.ndarray]:
+            def follow() -> tuple[np.ndarray, np.ndarray]:
                 label, executed = retargeter.actions(noise)
                 return executed, label
+
+            def show() -> tuple[np.ndarray, np.ndarray]:
+                label = env.expert()
+                return env.disturb(label, noise).astype("<f4"), label
 
             counts = self._record(
                 env,
                 "twin",
-                teacher,
+                follow if teacher == "retarget" else show,
                 episodes,
                 lambda mask: {"region": "all"},
                 episodes * 5,
-                on_begin=retargeter.begin,
+                on_begin=retargeter.begin if teacher == "retarget" else None,
             )
             reader.close()
             return counts

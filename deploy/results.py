@@ -40,6 +40,7 @@ def figures_of(rows: list[dict[str, Any]], state: dict[str, Any]) -> dict[str, f
     figures: dict[str, float] = {"wall_s": round(state["wall_s"], 1)}
     figures["robot_minutes"] = state.get("robot_minutes", 0.0)
     figures["takeovers"] = state.get("takeovers", 0)
+    figures["core_s"] = state.get("core_s", 0.0)
     figures["peak_memory_mb"] = state.get("peak_memory_mb", 0)
     for (stage, world, region), row in cells.items():
         rate = success_rate(row["successes"])

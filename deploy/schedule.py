@@ -14,13 +14,14 @@ import numpy as np
 import ray
 
 from deploy.launch import Job
-from deploy.results import summarise, write_results
+from deploy.results import cells_of, summarise, write_results
 from twinrl.core.errors import TwinRLError
 
 Call = Callable[[], Any]
 RETRIES = 3  # of a call whose actor died; Ray brings the actor back
 RESTART_SECONDS = 30.0  # within which an actor's death is one event
 POLL = 0.25  # s
+TWIN_STAGES = {"ppoflow": "twin_rl", "self_imitation": "self_imitation"}  # of the learner
 STAND_IN = {"variant": "standin"}
 BEGINNING = 512  # observations of random play, from which a policy without demonstrations begins
 
@@ -34,6 +35,7 @@ class Schedule:
         self.state = job.run.state()
         self.state.setdefault("wall_s", 0.0)
         self._began, self._earlier = began, self.state["wall_s"]
+        self._earlier_core_s = self.state.get("core_s", 0.0)
         self._versions: dict[str, int] = {}
 
     def run(self) -> None:
@@ -89,7 +91,8 @@ class Schedule:
         calls: list[Call] = [lambda: learner.pretrain.remote(options, *scenes)]
         if expansion.episodes:
             calls += [
-                (lambda actor=actor: actor.expand.remote(part, expansion.noise)) for actor in twins
+                (lambda actor=actor: actor.expand.remote(part, expansion.noise, expansion.teacher))
+                for actor in twins
             ]
         summary, *expanded = self._all(calls, learner_progress=True)
         recorded, attempted = np.sum(expanded, axis=0) if expanded else (0, 0)
@@ -158,7 +161,7 @@ class Schedule:
         ]
         learning = self.start(
             lambda: learner.run.remote(
-                "twin_rl",
+                TWIN_STAGES[settings.algorithm],
                 start="stage1",
                 name="stage2",
                 privileged_dim=self.job.topology["job"]["schema"]["privileged_dim"],
@@ -175,13 +178,16 @@ class Schedule:
         self.follow(collecting)
         self._published("stage2", summary)
         self.job.event(
-            "info", f"{summary['iterations']} PPOFlow iterations on {summary['transitions']} steps"
+            "info",
+            f"{summary['iterations']} iterations of {settings.algorithm} "
+            f"on {summary['transitions']} steps",
         )
 
     def _carry_over(self, start: str, name: str) -> None:
         """A stage of no length: what was reached before is its result."""
         learner = self.cluster.learner
-        self._published(name, self._all([lambda: learner.carry_over.remote(start, name)])[0])
+        summary = self._all([lambda: learner.carry_over.remote(start, name)])[0]
+        self._published(name, {**summary, "carried": start})
 
     def _mine(self) -> None:
         """Starts from which stage 2 fails in randomised twins, for the arm to practise."""
@@ -210,6 +216,9 @@ class Schedule:
         if not self.config.real_rl.robot_minutes:
             self._carry_over("stage2", "stage3")
             return
+        if self.config.real_rl.algorithm == "clone":
+            self._sft("stage3", ["demo", "twin", "real"])
+            return
         self._published("stage3", practise(self))
 
     def _video(self) -> None:
@@ -224,7 +233,13 @@ class Schedule:
     # -- evaluation --------------------------------------------------------------------------------------
 
     def _evaluate(self, stage: str) -> None:
-        self._finish_evaluation(stage, self._evaluation_calls(stage))
+        carried = self.state["summaries"][stage].get("carried")
+        if carried is None:
+            self._finish_evaluation(stage, self._evaluation_calls(stage))
+            return
+        for row in cells_of(self.run_folder.evaluation_rows()).values():  # the same weights
+            if row["stage"] == carried:
+                self.run_folder.append_evaluation({**row, "stage": stage})
 
     def _cells(self) -> list[tuple[str, str, dict[str, Any]]]:
         worlds = {"twin": {}, "real": STAND_IN}
@@ -404,6 +419,7 @@ class Schedule:
         self.state["wall_s"] = self._earlier + time.monotonic() - self._began
         peak = max(self.state.get("peak_memory_mb", 0.0), self.job.memory.peak)
         self.state["peak_memory_mb"] = round(peak)
+        self.state["core_s"] = round(self._earlier_core_s + self.job.memory.core_seconds, 1)
         self.run_folder.save_state(self.state)
 
     def _report(self) -> None:

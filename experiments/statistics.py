@@ -79,3 +79,27 @@ def censored_median(times: Sequence[float], budgets: Sequence[float]) -> Censore
     if np.isfinite(median):
         return Censored(median, True)
     return Censored(float(np.median(bounded)), False)
+
+
+def clustered(outcomes: np.ndarray, draws: int = DRAWS, seed: int = 0) -> Interval:
+    """Mean of `outcomes` (seeds, resets), with the interval of a cluster bootstrap: whole seeds are drawn again, and of
+    each so drawn its resets."""
+    values = np.asarray(outcomes, float)
+    if values.ndim != 2 or not values.size:
+        raise ValueError(f"outcomes are {values.shape}, must be (seeds, resets), some of each")
+    seeds, resets = values.shape
+    rng = np.random.default_rng(seed)
+    means = np.empty(draws)
+    for i in range(draws):
+        rows = rng.integers(seeds, size=seeds)
+        means[i] = values[rows[:, None], rng.integers(resets, size=(seeds, resets))].mean()
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(values.mean()), float(low), float(high))
+
+
+def paired(ours: np.ndarray, theirs: np.ndarray, draws: int = DRAWS) -> Interval:
+    """Mean gain of `ours` over `theirs`, (seeds, resets) each, paired by seed and reset; interval as `clustered`."""
+    first, second = np.asarray(ours, float), np.asarray(theirs, float)
+    if first.shape != second.shape:
+        raise ValueError(f"paired outcomes are {first.shape} and {second.shape}, must be equal")
+    return clustered(first - second, draws)

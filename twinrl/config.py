@@ -202,6 +202,10 @@ class DemonstrationsConfig(Section):
 class ExpansionConfig(Section):
     """Exploration-space expansion: demonstrations re-targeted to placements all over the table."""
 
+    teacher: Literal["retarget", "expert"] = Field(
+        "retarget",
+        description="who plays them: the re-targeted demonstrations, or, as a control, the scripted expert of the twin",
+    )
     episodes: int = Field(150, ge=0, description="successful re-targeted twin episodes to collect")
     noise: float = Field(0.2, ge=0, description="execution noise; labels stay clean")
 
@@ -222,20 +226,30 @@ class SftConfig(Section):
 
 
 class TwinRlConfig(Section):
-    """Stage 2, PPOFlow in randomised twins."""
+    """Stage 2, RL in randomised twins."""
 
+    algorithm: Literal["ppoflow", "self_imitation"] = Field(
+        "ppoflow",
+        description="PPOFlow, or, as a control, SFT on the policy's own successes",
+    )
     steps: int = Field(300_000, ge=0, description="control steps in all twins together")
     round_chunks: int = Field(8, ge=1, description="chunks each environment runs for one update")
     max_lag: int = Field(1, ge=0, description="policy versions that collection may run ahead")
     action_noise: float = Field(
         0.14, gt=0, description="rms of the exploration in normalised actions, whatever K is"
     )
-    options: dict[str, Any] = Field({}, description="of learner.algorithms.ppoflow")
+    options: dict[str, Any] = Field(
+        {}, description="of learner.algorithms.ppoflow, or of learner.stages.self_imitation"
+    )
 
 
 class RealRlConfig(Section):
     """Stage 3, off-policy RL on the arm with takeovers."""
 
+    algorithm: Literal["chunk_q", "clone"] = Field(
+        "chunk_q",
+        description="off-policy RL, or, as a control, SFT anew with the takeovers that the run already has",
+    )
     robot_minutes: float = Field(8.0, ge=0, description="budget, in the robot's own time")
     takeovers: int = Field(30, ge=0, description="takeovers a scripted operator may make")
     updates_per_step: float = Field(0.5, gt=0, description="updates for each real control step")

@@ -2,6 +2,7 @@
 
 from learner.stages.begin import begin
 from learner.stages.real_rl import real_rl
+from learner.stages.self_imitation import self_imitation
 from learner.stages.supervised import pretrain, sft
 from learner.stages.twin_rl import twin_rl
 
@@ -10,5 +11,6 @@ STAGES = {
     "pretrain": pretrain,
     "sft": sft,
     "twin_rl": twin_rl,
+    "self_imitation": self_imitation,
     "real_rl": real_rl,
 }

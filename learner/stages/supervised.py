@@ -70,11 +70,15 @@ def sft(
 ) -> dict[str, Any]:
     """Supervised fine-tuning from checkpoint `start` on all segments of `sources`; checkpoint `name`.
 
+    Of an arm's episodes (source "real") only what a person did is cloned.
     Sources are drawn equally often unless `options` have `shares`. None for `start` trains the policy as it is.
     """
     resumed, state = _begin(learner, name, start)
     learner.reader.sync()
     segments = [s for source in sources for s in learner.reader.segments(source=source)]
+    segments = [
+        s for s in segments if s.header["source"] != "real" or s.columns["intervention"].any()
+    ]
     data = windows(segments, learner.policy.chunk)
     learner.policy.fit_actions(data.action[data.mask > 0])
     settings = {"shares": dict.fromkeys(sources, 1.0), **options}

@@ -38,7 +38,7 @@ def twin_rl(
     resumed = learner.has(f"{name}-running")
     state = learner.restore(f"{name}-running" if resumed else start)
     learner.reader.sync()
-    demos = [s for source in ("demo", "twin") for s in _imitation(learner, source)]
+    demos = shown(learner)
     anchor = None
     if demos:
         data = windows(demos, learner.policy.chunk)
@@ -64,13 +64,13 @@ def twin_rl(
         cursor.pass_by()
     learner.publish()
     while consumed < steps and not learner.stopping:
-        taken = _take(learner, cursor, segments, max_lag)
+        taken = take(learner, cursor, segments, max_lag)
         if not taken:
             break
         metrics = algorithm.update(taken, learner.version)
         learner.publish()
         consumed += sum(segment.steps for segment in taken)
-        metrics["success"] = _success(taken)
+        metrics["success"] = success_share(taken)
         learner.note(metrics, consumed / steps)
         if algorithm.iteration % CHECKPOINT_EVERY == 0 or learner.checkpoint_asked():
             _save(learner, f"{name}-running", algorithm, consumed, cursor)
@@ -85,7 +85,7 @@ def _save(learner: Learner, name: str, algorithm: PPOFlow, consumed: int, cursor
     cursor.commit()
 
 
-def _take(learner: Learner, cursor: Cursor, segments: int, max_lag: int) -> list[Any]:
+def take(learner: Learner, cursor: Cursor, segments: int, max_lag: int) -> list[Any]:
     """The next segments; none when the stage is to end. Waits in short turns, so that it hears of that."""
     deadline = time.monotonic() + WAIT
     while not learner.stopping:
@@ -105,12 +105,14 @@ def _take(learner: Learner, cursor: Cursor, segments: int, max_lag: int) -> list
     return []
 
 
-def _imitation(learner: Learner, source: str) -> list[Any]:
+def shown(learner: Learner) -> list[Any]:
     """Segments with clean labels: demonstrations and expansion, not what a policy did."""
-    return [s for s in learner.reader.segments(source=source) if "label_action" in s.columns]
+    segments = [s for source in ("demo", "twin") for s in learner.reader.segments(source=source)]
+    return [s for s in segments if "label_action" in s.columns]
 
 
-def _success(segments: list[Any]) -> float:
+def success_share(segments: list[Any]) -> float:
+    """Of the episodes that ended in `segments`, how many succeeded; not a number where none did."""
     ended = [s for s in segments if s.header["last"]]
     if not ended:
         return float("nan")
