@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from policies.presets import resolve
 from twinrl.config import Config
 from twinrl.core.errors import ConfigError
 from twinrl.core.segment import Schema
@@ -52,7 +53,7 @@ def describe_job(config: Config) -> dict[str, Any]:
         "cameras": list(schema.cameras),
         "image_size": schema.image_size,
         "chunk": schema.chunk,
-        **config.policy,
+        **resolve(config.policy),  # what a preset means now is what a checkpoint keeps
     }
     return {
         "schema": {**schema._asdict(), "cameras": list(schema.cameras)},

@@ -6,6 +6,7 @@ Algorithms, runners and evaluation know this class only. A subclass brings netwo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 
 from policies.critic import ChunkCritic
 from policies.flow import FlowExpert, gaussian
-from policies.normalise import Normaliser
+from policies.normalise import Normaliser, check_method
 from policies.one_step import OneStepActor
 from twinrl.env import ACTION_DIM, STATE, image_key
 
+TRANSLATION, ROTATION = slice(0, 3), slice(3, 6)  # of an action: m, and a rotation vector in rad
 GRIPPER = 6  # the action's last number: 0 closed .. 1 open
+GRIPPERS = ("continuous", "binary")
 
 
 class Policy(nn.Module):
@@ -44,8 +47,21 @@ class Policy(nn.Module):
         critics: int = 0,
         critic_hidden: int = 256,
         one_step: bool = False,
+        action_normalisation: str = "quantiles",
+        state_normalisation: str = "moments",
+        gripper: str = "continuous",
     ) -> None:
+        """`gripper`: "binary" executes what is predicted at or above 0.5 as open and the rest as closed."""
         super().__init__()
+        check_method(action_normalisation)
+        check_method(state_normalisation)
+        if gripper not in GRIPPERS:
+            raise ValueError(f"gripper {gripper!r}: one of {', '.join(GRIPPERS)}")
+        self.action_normalisation, self.state_normalisation = (
+            action_normalisation,
+            state_normalisation,
+        )
+        self.gripper = gripper
         self.cameras = tuple(cameras)
         self.chunk, self.action_dim = chunk, action_dim
         self.integration_steps = integration_steps
@@ -97,13 +113,17 @@ class Policy(nn.Module):
     @torch.no_grad()
     def fit_states(self, states: np.ndarray) -> None:
         """Fit the policy's view of the state to `states` (B, S) of real motion."""
-        self.state_normaliser.fit_moments(torch.as_tensor(states), minimum_scale=5e-3)
+        self.state_normaliser.fit(
+            torch.as_tensor(states), self.state_normalisation, minimum_scale=5e-3
+        )
 
     @torch.no_grad()
     def fit_begin(self, states: np.ndarray, low: np.ndarray, high: np.ndarray) -> None:
         """Fit all views of the state to `states` (B, S), and actions to their range `low` .. `high` (A,), which
         may be infinite: without demonstrations no more is known."""
-        self.state_normaliser.fit_moments(torch.as_tensor(states), minimum_scale=1e-4)
+        self.state_normaliser.fit(
+            torch.as_tensor(states), self.state_normalisation, minimum_scale=1e-4
+        )
         bottom, top = (torch.as_tensor(a, dtype=torch.float32) for a in (low, high))
         bounded = torch.isfinite(bottom) & torch.isfinite(top)
         normaliser = self.action_normaliser
@@ -114,12 +134,21 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def fit_actions(self, actions: np.ndarray) -> None:
-        """Fit the action's normalisation and execution limits to `actions` (B, A), physical units."""
+        """Fit the action's normalisation and execution limits to `actions` (B, A), physical units.
+
+        ValueError where a step turns by more than pi: its rotation is not the shortest, so that a direction near it
+        would have two far apart vectors.
+        """
         values = torch.as_tensor(actions, dtype=torch.float32)
+        turned = float(values[:, ROTATION].norm(dim=-1).max())
+        if turned > math.pi + 1e-3:
+            raise ValueError(
+                f"a step turns by {turned:.2f} rad: rotation vectors must be the shortest, of at most pi"
+            )
+        self.action_normaliser.fit(values, self.action_normalisation)
         # A dimension that the data hardly use keeps a tenth of its kind's scale: it is not blown up.
-        self.action_normaliser.fit_quantiles(values)
         scale = self.action_normaliser.scale
-        for kind in (slice(0, 3), slice(3, 6)):
+        for kind in (TRANSLATION, ROTATION):
             scale[kind] = torch.maximum(scale[kind], 0.1 * scale[kind].max())
         scale.clamp_(min=1e-4)
         self.action_normaliser.fix([GRIPPER], 0.0, 1.0)
@@ -193,8 +222,20 @@ class Policy(nn.Module):
         ]
 
     def physical(self, chunk: Tensor) -> Tensor:
-        """Normalised (..., A) -> physical units, clipped to what may be executed."""
-        return torch.clamp(self.action_normaliser.inverse(chunk), self.action_low, self.action_high)
+        """Normalised (..., A) -> what is executed: physical units, clipped to what was demonstrated.
+
+        Rotations beyond pi, which the corner of such a box may hold, become the shortest ones that turn alike, and a
+        binary gripper is opened or closed.
+        """
+        action = torch.clamp(
+            self.action_normaliser.inverse(chunk), self.action_low, self.action_high
+        )
+        if self.action_dim <= GRIPPER:
+            return action
+        action[..., ROTATION] = shortest(action[..., ROTATION])
+        if self.gripper == "binary":
+            action[..., GRIPPER] = (action[..., GRIPPER] >= 0.5).to(action.dtype)
+        return action
 
     @torch.no_grad()
     def act(
@@ -227,3 +268,10 @@ class Policy(nn.Module):
         else:
             chunk = self.sample(features, generator=generator)
         return self.physical(chunk).cpu().numpy(), info
+
+
+def shortest(rotation: Tensor) -> Tensor:
+    """Rotation vectors (..., 3) in rad -> those of the same rotations that are at most pi long; others unchanged."""
+    angle = rotation.norm(dim=-1, keepdim=True)
+    turns = torch.round(angle / (2.0 * math.pi))
+    return rotation * torch.where(turns > 0, 1.0 - 2.0 * math.pi * turns / angle, 1.0)

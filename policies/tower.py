@@ -86,7 +86,7 @@ def load_tower(model: str) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
         import transformers
     except ImportError:
         raise ImportError(
-            "a pretrained vision encoder needs transformers: pip install 'twinrl[vision]'"
+            "a pretrained vision encoder needs transformers: pip install 'twinrl[vla]'"
         ) from None
     config = transformers.AutoConfig.from_pretrained(model)
     # Of a model for images and text only the first half is built.
@@ -101,7 +101,8 @@ def load_tower(model: str) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
         )
     kind = kinds[config.model_type] if whole else transformers.AutoModel
     tower = kind.from_pretrained(model, dtype=torch.float32)
-    if not all(hasattr(tower.config, key) for key in ("image_size", "patch_size", "hidden_size")):
+    sizes = ("image_size", "patch_size", "hidden_size")
+    if tower.main_input_name != "pixel_values" or not all(hasattr(tower.config, k) for k in sizes):
         raise ValueError(f"{model} is a {config.model_type}, not a transformer over image patches")
     mean, std = _pixel_statistics(model)
     return tower, mean, std

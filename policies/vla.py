@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import difflib
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -87,6 +89,7 @@ class VLA(Policy):
         """`settings`: those of Architecture, and Policy's."""
         known = Architecture.__dataclass_fields__
         net = Architecture(**{key: settings.pop(key) for key in list(settings) if key in known})
+        _refuse_unknown(settings, known)
         # What is not seen is not predicted: features are state and words alone.
         pose_dim = pose_dim if cameras else 0
         numbers = pose_dim + state_dim + net.word_dim
@@ -228,3 +231,13 @@ def make_expert(
         noisy_steps,
         half=net.precision == "bfloat16",
     )
+
+
+def _refuse_unknown(settings: Mapping[str, Any], known: Iterable[str]) -> None:
+    """ValueError for settings that neither the networks nor Policy know, with the nearest that exist."""
+    own = [key for key in inspect.signature(VLA).parameters if key != "settings"]
+    names = {*known, *own, *inspect.signature(Policy).parameters} - {"expert", "critic_hidden"}
+    for key in settings.keys() - names:
+        nearest = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+        hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(sorted(names))}"
+        raise ValueError(f"policy has no setting {key!r}; {hint}")

@@ -4,12 +4,17 @@ import numpy as np
 import pytest
 import torch
 
+from deploy.description import describe_job
 from policies.language import tokens
-from policies.normalise import Normaliser
+from policies.normalise import QUANTILE_ROWS, Normaliser
+from policies.policy import GRIPPER, shortest
+from policies.presets import PRESETS
 from policies.registry import make_policy
 from policies.runner import PolicyRunner
 from policies.streams import stream
 from policies.weights import WeightsError, load_arrays, to_arrays
+from twinrl.config import make_config
+from twinrl.core.errors import ConfigError
 from twinrl.weights import checksum
 
 CONFIG = {
@@ -215,3 +220,119 @@ def test_numbers_that_never_vary_in_scenes_are_kept_from_the_encoder(policy, obs
     torch.testing.assert_close(before[:, :seen], after[:, :seen])
     assert (before[:, seen:] - after[:, seen:]).abs().max() > 0.5
     assert (before[:, :seen] - shifted[:, :seen]).abs().max() > 1e-3
+
+
+def test_presets_have_the_sizes_that_they_promise():
+    """About 1 M, some tens of M and 500 M parameters, without memory for them; single settings overrule."""
+    limits = {"tiny": (0.7e6, 1.3e6), "small": (20e6, 50e6), "base": (450e6, 550e6)}
+    assert limits.keys() == PRESETS.keys()
+    for name, (low, high) in limits.items():
+        with torch.device("meta"):
+            policy = make_policy({"preset": name, "state_dim": 27, "pose_dim": 14})
+        count = sum(parameter.numel() for parameter in policy.parameters())
+        assert low < count < high, (name, count)
+    narrow = make_policy({"preset": "tiny", "state_dim": 9, "pose_dim": 5, "hidden": 64})
+    assert narrow.flow.project.out_features == 64 and narrow.latent == PRESETS["tiny"]["latent"]
+    plain = make_policy({"state_dim": 9, "pose_dim": 5})
+    tiny = make_policy({"preset": "tiny", "state_dim": 9, "pose_dim": 5})
+    assert tiny.architecture == plain.architecture  # what a job gets that names no preset
+    with pytest.raises(ConfigError, match="'huge': one of tiny, small, base"):
+        make_policy({"preset": "huge", "state_dim": 9, "pose_dim": 5})
+    with pytest.raises(ValueError, match="did you mean 'integration_steps'"):
+        make_policy({"integration_step": 4, "state_dim": 9, "pose_dim": 5})
+
+
+def test_a_job_keeps_what_its_preset_meant():
+    """The policy that processes and checkpoints are given holds arguments, not the preset's name."""
+    job = {"policy": {"preset": "small", "trunk_layers": 2}}
+    told = describe_job(make_config(job))["policy"]
+    assert "preset" not in told
+    assert told["trunk_layers"] == 2 and told["latent"] == PRESETS["small"]["latent"]
+    with pytest.raises(ConfigError, match="huge"):
+        describe_job(make_config({"policy": {"preset": "huge"}}))
+
+
+@pytest.mark.parametrize("method", ["quantiles", "moments"])
+def test_normalisation_is_chosen_for_actions_and_states(method):
+    """Quantiles bring what is between 1 and 99 % to [-1, 1], moments the standard deviation to 1."""
+    policy = make_policy(
+        {
+            **CONFIG,
+            "action_normalisation": method,
+            "state_normalisation": method,
+            "gripper": "binary",
+        }
+    )
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-0.02, 0.04, (4000, 7)).astype(np.float32)
+    actions[:, GRIPPER] = rng.random(4000)
+    states = rng.normal(3.0, 0.5, (4000, 9)).astype(np.float32)
+    policy.fit_actions(actions)
+    policy.fit_states(states)
+    seen = policy.action_normaliser(torch.from_numpy(actions))
+    if method == "quantiles":
+        edges = torch.quantile(seen[:, :6], torch.tensor([0.01, 0.99]), dim=0)
+        torch.testing.assert_close(edges, torch.tensor([[-1.0], [1.0]]).expand(2, 6))
+    else:
+        torch.testing.assert_close(seen[:, :6].std(0), torch.ones(6), atol=1e-2, rtol=0)
+        normal = policy.state_normaliser(torch.from_numpy(states))
+        torch.testing.assert_close(normal.std(0), torch.ones(9), atol=1e-2, rtol=0)
+        torch.testing.assert_close(normal.mean(0), torch.zeros(9), atol=1e-3, rtol=0)
+    assert seen[:, GRIPPER].amin() >= -1 and seen[:, GRIPPER].amax() <= 1  # its range is known
+    again = make_policy(CONFIG)
+    load_arrays(again, published(policy))
+    torch.testing.assert_close(again.action_normaliser(torch.from_numpy(actions)), seen)
+    with pytest.raises(ValueError, match="normalisation 'minmax': one of quantiles, moments"):
+        make_policy({**CONFIG, "action_normalisation": "minmax"})
+
+
+def test_quantiles_of_more_rows_than_torch_sorts():
+    """Of very large data evenly spaced rows are enough."""
+    values = torch.linspace(0.0, 1.0, 3 * QUANTILE_ROWS + 7)[:, None]
+    normaliser = Normaliser(1)
+    normaliser.fit(values, "quantiles")
+    torch.testing.assert_close(normaliser.centre, torch.tensor([0.5]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(normaliser.scale, torch.tensor([0.49]), atol=1e-4, rtol=0)
+
+
+def test_a_binary_gripper_is_thresholded_where_it_is_executed_only(policy, observation):
+    """The stored path keeps what was drawn; what is executed is open or closed, as the path's last point says."""
+    binary = make_policy({**CONFIG, "gripper": "binary"})
+    binary.load_state_dict(policy.state_dict())
+    chunk, info = policy.act(observation, "x", stream(0, 0), explore=True)
+    sharp, told = binary.act(observation, "x", stream(0, 0), explore=True)
+    np.testing.assert_array_equal(told["path"], info["path"])
+    np.testing.assert_array_equal(told["log_prob"], info["log_prob"])
+    np.testing.assert_array_equal(sharp[..., :GRIPPER], chunk[..., :GRIPPER])
+    assert set(np.unique(sharp[..., GRIPPER])) == {0.0, 1.0}
+    np.testing.assert_array_equal(sharp[..., GRIPPER], chunk[..., GRIPPER] >= 0.5)
+    drawn = told["path"][:, -1].reshape(N, 4, 7)[..., GRIPPER]
+    np.testing.assert_array_equal(sharp[..., GRIPPER], drawn >= 0)
+    with pytest.raises(ValueError, match="gripper 'soft': one of continuous, binary"):
+        make_policy({**CONFIG, "gripper": "soft"})
+
+
+def test_rotations_near_pi_are_executed_as_the_shortest():
+    """A box of shortest rotations has corners beyond pi; there, the same turn is commanded the other way round."""
+    policy = make_policy(CONFIG)
+    actions = np.zeros((200, 7), np.float32)
+    for axis in range(3):  # turns of up to nearly pi about each axis
+        actions[axis::3, 3 + axis] = np.linspace(-3.1, 3.1, len(actions[axis::3]))
+    policy.fit_actions(actions)
+    corner = torch.tensor([[9.0] * 7])
+    executed = policy.physical(corner)[0, 3:6]
+    assert float(executed.norm()) <= np.pi
+    wanted, turned = (quaternion(v) for v in (torch.full((3,), 3.1), executed))
+    assert abs(float(wanted @ turned)) == pytest.approx(1.0, abs=1e-5)
+    small = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(shortest(small), small)  # unchanged bit for bit
+    assert torch.equal(shortest(torch.zeros(1, 3)), torch.zeros(1, 3))
+    beyond = shortest(torch.tensor([[0.0, np.pi + 0.1, 0.0]]))
+    torch.testing.assert_close(beyond, torch.tensor([[0.0, 0.1 - np.pi, 0.0]]).float())
+    with pytest.raises(ValueError, match=r"a step turns by 3\.30 rad"):
+        policy.fit_actions(np.float32([[0, 0, 0, 0, 3.3, 0, 1]]))
+
+
+def quaternion(rotation):
+    angle = rotation.norm()
+    return torch.cat([(angle / 2).cos()[None], rotation / angle * (angle / 2).sin()])
