@@ -27,10 +27,11 @@ def pretrain(
 ) -> dict[str, Any]:
     """Train the vision encoder on labelled scenes; leaves checkpoint "pretrained".
 
-    A policy without cameras has nothing to learn from them: the checkpoint holds what it began with.
+    A policy without cameras, or one that predicts no poses, has nothing to learn from them: the checkpoint holds what
+    it began with.
     """
     cameras = learner.policy.cameras
-    if not cameras:
+    if not cameras or not hasattr(learner.policy, "predict_pose"):
         learner.save("pretrained")
         return {"pose_rmse": [], "scenes": 0}
     observation = {
