@@ -22,7 +22,9 @@ from policies.policy import Policy
 from policies.tower import PretrainedEncoder
 from policies.trunk import LatentTrunk, TransformerTrunk
 from policies.vision import PRECISIONS, CameraEncoder, PatchEncoder
+from policies.weights import to_arrays
 from twinrl.env import ACTION_DIM, STATE, image_key
+from twinrl.weights import checksum
 
 CHOICES = {
     "stem": ("keypoints", "patches", "pretrained"),
@@ -105,7 +107,7 @@ class VLA(Policy):
         )
         self.architecture = net
         self.latent, self.pose_dim = net.latent, pose_dim
-        self.vision = nn.ModuleDict({name: make_stem(net, image_size) for name in cameras})
+        self.vision = make_stems(net, cameras, image_size)
         self.language = InstructionEncoder(net.word_dim, net.vocabulary)
         self.trunk = make_trunk(net, self.vision, state_dim)
         self.pose = mlp(net.latent, net.latent, pose_dim, 1) if cameras else None
@@ -116,6 +118,12 @@ class VLA(Policy):
             self.feature_shape = (self.trunk.tokens + self.flow.rows, net.latent)
         else:
             self.feature_shape = (self.flow.summary_dim,)
+        # A frozen tower is not published: every process loads it, and `base` tells one from another (policies/weights.py).
+        self.fixed = frozenset[str]()
+        if net.stem == "pretrained" and net.vision_frozen:
+            arrays = to_arrays(self.vision)
+            self.fixed = frozenset(f"vision.{name}" for name in arrays)
+            self.register_buffer("base", torch.tensor(checksum(arrays) - (1 << 63)))
         if net.compile != "none":
             for module in (self.trunk, self.flow.network):
                 if module is not None:
@@ -179,15 +187,21 @@ class VLA(Policy):
             raise ValueError("a policy without cameras has no encoder to train on scenes")
 
 
-def make_stem(net: Architecture, image_size: int) -> nn.Module:
-    """One camera's encoder: images (B, H, W, 3) uint8 -> (B, dim), or (B, tokens, dim)."""
-    if net.stem == "keypoints":
-        return CameraEncoder(image_size, net.width, net.keypoints, net.precision)
-    if net.stem == "patches":
-        return PatchEncoder(image_size, net.patch, net.width, net.precision)
-    return PretrainedEncoder(
-        net.vision_model, net.camera_tokens, frozen=net.vision_frozen, precision=net.precision
-    )
+def make_stems(net: Architecture, cameras: Sequence[str], image_size: int) -> nn.ModuleDict:
+    """The encoder of each camera: images (B, H, W, 3) uint8 -> (B, dim), or (B, tokens, dim)."""
+
+    def make() -> nn.Module:
+        if net.stem == "keypoints":
+            return CameraEncoder(image_size, net.width, net.keypoints, net.precision)
+        if net.stem == "patches":
+            return PatchEncoder(image_size, net.patch, net.width, net.precision)
+        return PretrainedEncoder(
+            net.vision_model, net.camera_tokens, frozen=net.vision_frozen, precision=net.precision
+        )
+
+    if net.stem == "pretrained" and net.vision_frozen and cameras:
+        return nn.ModuleDict(dict.fromkeys(cameras, make()))  # one for all
+    return nn.ModuleDict({name: make() for name in cameras})
 
 
 def make_trunk(net: Architecture, vision: nn.ModuleDict, state_dim: int) -> nn.Module | None:

@@ -10,7 +10,7 @@ import transformers
 from policies.registry import make_policy
 from policies.runner import PolicyRunner
 from policies.tower import PretrainedEncoder
-from policies.weights import to_arrays
+from policies.weights import WeightsError, to_arrays
 from twinrl.weights import checksum
 
 SIZES = {
@@ -24,9 +24,9 @@ SIZES = {
 N = 3
 
 
-def save(kind, folder):
+def save(kind, folder, seed=0):
     """A random vision model of the kind, with what its image processor says."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     if kind == "siglip":  # with its text half
         text = {"vocab_size": 20, "max_position_embeddings": 8, "projection_size": 16, **SIZES}
         config = transformers.SiglipConfig(text_config=text, vision_config=SIZES)
@@ -74,13 +74,13 @@ def test_tokens_are_patches_averaged_over_squares(kind, tmp_path):
 
 @pytest.mark.parametrize(("frozen", "trunk"), [(True, "latent"), (False, "transformer")])
 def test_a_policy_with_a_tower_trains_travels_and_acts(frozen, trunk, tmp_path):
-    """A frozen tower is encoded without gradient and belongs to no optimiser; its weights are published all the same."""
+    """A frozen tower is encoded without gradient, belongs to no optimiser, serves all cameras and is not published."""
     save("dinov2", tmp_path)
     config = {
         "state_dim": 9,
         "pose_dim": 5,
         "image_size": 32,
-        "cameras": ["side"],
+        "cameras": ["side", "wrist"],
         "stem": "pretrained",
         "vision_model": str(tmp_path),
         "vision_frozen": frozen,
@@ -92,11 +92,13 @@ def test_a_policy_with_a_tower_trains_travels_and_acts(frozen, trunk, tmp_path):
     }
     policy = make_policy(config).train()
     tower = policy.vision["side"].network
+    assert (policy.vision["wrist"].network is tower) == frozen
     assert tower.training != frozen
     learned = set(map(id, policy.encoder_parameters()))
     assert all((id(p) in learned) != frozen for p in tower.parameters())
     observation = {
         "observation.images.side": images(32).numpy(),
+        "observation.images.wrist": 255 - images(32).numpy(),
         "observation.state": np.zeros((N, 9), np.float32),
     }
     features = policy.encode(policy.to_tensors(observation), "look")
@@ -106,12 +108,18 @@ def test_a_policy_with_a_tower_trains_travels_and_acts(frozen, trunk, tmp_path):
     runner = PolicyRunner(config)
     with torch.no_grad():
         for parameter in policy.parameters():
-            parameter.add_(0.01)
+            if parameter.requires_grad:
+                parameter.add_(0.01)
     arrays = {name: array.copy() for name, array in to_arrays(policy).items()}
+    assert any(name.startswith("vision.") for name in arrays) != frozen
     runner.load(1, arrays, checksum(arrays))
     chunk, _ = runner.infer(observation, "look", explore=False)
     assert chunk.shape == (N, 4, 7) and np.isfinite(chunk).all()
     torch.testing.assert_close(runner.policy.state_dict(), policy.state_dict())
+    if frozen:  # what was trained beside another tower is refused
+        save("dinov2", tmp_path, seed=1)
+        with pytest.raises(WeightsError, match="other frozen weights"):
+            PolicyRunner(config).load(1, arrays, checksum(arrays))
 
 
 @pytest.mark.parametrize(
