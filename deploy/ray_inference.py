@@ -43,7 +43,9 @@ class RayInference:
                 raise DeadlineError(
                     f"the inference actor gave no answer within {request.patience:g} s"
                 ) from None
-            except ray.exceptions.RayActorError:
+            except ray.exceptions.RayActorError as error:
                 if left < 0:
-                    raise
+                    raise DeadlineError(
+                        f"the inference actor died and is not back: {error}"
+                    ) from None
                 time.sleep(AGAIN)
