@@ -124,26 +124,12 @@ STATE_ROWS = (
     ),
 )
 
-IMAGE_JOBS = (
-    Job("image", IMAGE_CONFIG, NO_ARM),
-    *(
-        Job(f"image_{method}", IMAGE_CONFIG, (f"pretrain.method={method}", *NO_ARM))
-        for method in ("none", "contrastive")
-    ),
-)
-LABELS = "encoder: twin labels; critic: true state"
+IMAGE_JOBS = (Job("image", IMAGE_CONFIG, NO_ARM),)
+LABELS = "encoder: twin labels"
 IMAGE_ROWS = (
-    Row("image_sft", "SFT, 30 ID demonstrations", "image", "sft", "encoder: twin labels"),
-    Row("image_stage1", "+ 60 re-targeted", "image", "stage1", "encoder: twin labels"),
-    Row("image", "+ PPOFlow", "image", "stage2", LABELS),
-    Row("image_none", "encoder untrained", "image_none", "stage2", "critic: true state"),
-    Row(
-        "image_contrastive",
-        "encoder contrastive",
-        "image_contrastive",
-        "stage2",
-        "critic: true state",
-    ),
+    Row("image_sft", "SFT, 30 ID demonstrations", "image", "sft", LABELS),
+    Row("image_stage1", "+ 60 re-targeted", "image", "stage1", LABELS),
+    Row("image", "+ PPOFlow", "image", "stage2", f"{LABELS}; critic: true state"),
 )
 PLANS = {"state": (STATE_JOBS, STATE_ROWS), "images": (IMAGE_JOBS, IMAGE_ROWS)}
 # One of each kind, in miniature: a job, one that goes on from it, and the figures.
