@@ -35,7 +35,7 @@ SETTINGS: dict[str, Any] = {
         "one_step_learning_rate": 1e-3,
         "tau": 0.01,
         "actor_every": 1,
-        "actor_warmup": 0,
+        "actor_warmup": 300,
         "timeout_is_terminal": False,
         "reward_bounds": (-np.inf, np.inf),
     },
@@ -130,6 +130,8 @@ def train(
             policy.fit_begin(replay.sample(4096)[STATE], low, high)
             # Values of about 1, whatever a task's rewards are: critics with LayerNorm start near 0 and move slowly.
             replay.reward_scale = replay.mean_reward() * settings["span"]
+            for _ in range(algorithm.config.actor_warmup):
+                algorithm.update(replay.sample(settings["batch"]))
         if known:
             for _ in range(settings["updates"]):
                 algorithm.update(replay.sample(settings["batch"]))

@@ -20,6 +20,8 @@ class OneStepActor(nn.Module):
         super().__init__()
         self.dim = dim
         self.network = mlp(summary_dim + dim, hidden, dim, layers)
+        nn.init.zeros_(self.network[-1].weight)  # begins in the middle of the actions' range
+        nn.init.zeros_(self.network[-1].bias)
         self.register_buffer("active", torch.tensor(False))
         self.register_buffer("exploration", torch.tensor(0.1))
 

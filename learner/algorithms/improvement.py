@@ -96,7 +96,7 @@ class OneStep:
             raise ValueError("the policy was built without a one-step actor (one_step=False)")
         self.policy, self.config, self._generator = policy, config, generator
         policy.candidates.fill_(1)
-        policy.one_step.active.fill_(False)
+        policy.one_step.active.fill_(not config.bc_weight)  # there is nothing to copy first
         policy.one_step.exploration.fill_(config.exploration)
         self._optimiser = Optimiser(
             policy.one_step.network.parameters(), config.one_step_learning_rate, clip=10.0
@@ -105,7 +105,7 @@ class OneStep:
     @torch.no_grad()
     def propose(self, features: Tensor) -> Tensor:
         """One chunk: of the one-step actor once it acts, before that of the flow."""
-        if self.policy.one_step.active or not self.config.bc_weight:
+        if self.policy.one_step.active:
             chunks = self.policy.sample_one_step(features, generator=self._generator)
             return self.policy.clip(chunks)[:, None]
         return self.policy.sample(features, generator=self._generator)[:, None]
@@ -130,7 +130,7 @@ class OneStep:
             loss = loss - config.q_weight * value.mean() / scale
             metrics["one_step_value"] = float(value.detach().mean())
         self._optimiser.step(loss)
-        policy.one_step.active.fill_(warm)
+        policy.one_step.active.fill_(warm or not config.bc_weight)
         return metrics
 
     def _value(self, features: Tensor, chunk: Tensor) -> Tensor:
