@@ -57,7 +57,7 @@ class Reader:
         is worth (docs/codecs.md). `name` is shown where somebody waits.
         changed: guards the index, with an RLock, and is notified when it changes; for several readers in one.
         """
-        self.name, self.deadline = name, deadline
+        self.name, self.deadline, self.address = name, deadline, address
         self.generator = np.random.default_rng(seed)
         self._client = Client("replay", address, keys, timeout=deadline)
         try:

@@ -19,25 +19,14 @@ from actors.twin_actor import TwinActor
 from deploy import factories
 from deploy.description import make_schema
 from deploy.ray_inference import INFERENCE, RayInference
+from deploy.ray_learner import RayLearner
 from deploy.ray_weights import STORE, RayWeightSink, RayWeightSource, WeightStore
 from deploy.run_folder import RunFolder
-from learner.learner import Learner
+from learner.silent import NoSink, silent_reporter
 from twinrl.config import Config
 from twinrl.core.errors import ConfigError
 
 START_SECONDS = 120.0
-
-
-class RayLearner(Learner):
-    """The learner as a Ray actor: scenes arrive as top-level arguments, which Ray resolves without a copy."""
-
-    def pretrain(self, options: dict[str, Any], *scenes: Any) -> dict[str, Any]:
-        """Run the stage "pretrain" on labelled scenes."""
-        return self.run("pretrain", scenes=scenes, options=options)
-
-    def stats(self) -> dict[str, Any]:
-        """The learner's figures, and its reader's: what it waits for, which shards are lost."""
-        return {**super().stats(), **self.reader.stats()}
 
 
 def start_ray(config: Config, run: RunFolder) -> None:
@@ -61,7 +50,9 @@ def start_ray(config: Config, run: RunFolder) -> None:
             raise ConfigError(_no_cluster(config.ray.address, error)) from None
         return
     # Logical CPUs: the learner, the robot's actors and the twins take turns more than they compete.
-    logical = config.ray.num_cpus or max(os.cpu_count() or 1, config.twins.actors + 2)
+    logical = config.ray.num_cpus or max(
+        os.cpu_count() or 1, config.twins.actors + 1 + config.learner.ranks
+    )
     ray.init(
         num_cpus=logical,
         object_store_memory=config.ray.object_store_mb << 20,
@@ -119,23 +110,48 @@ class Cluster:
                 return factories.remote_runner_factory(seed)
             return factories.runner_factory(policy_config, seed)
 
-        shares = gpu_shares(config, int(ray.cluster_resources().get("GPU", 0)))
+        gpus, ranks = int(ray.cluster_resources().get("GPU", 0)), config.learner.ranks
+        on_gpus = bool(gpus) and config.learner.device != "cpu"
+        if on_gpus and gpus < ranks:
+            raise ConfigError(
+                f"learner.ranks is {ranks}, and the cluster has {gpus} GPUs; set learner.device=cpu or fewer ranks"
+            )
+        shares = gpu_shares(config, gpus - (ranks - 1) if on_gpus else gpus)
         of_learner, of_twin, of_inference = shares
+        # A thread that has to share its core holds up the others at every operation.
+        free = max(1, ((os.cpu_count() or 1) - config.twins.actors) // ranks)
+        learning: dict[str, Any] = {
+            "num_cpus": 1,
+            "max_concurrency": 3,
+            "policy_config": policy_config,
+            "instruction": job["instruction"],
+            "checkpoints": Path(run.checkpoints),
+            "make_reader": reader,
+            "seed": config.seed,
+            "threads": config.learner.threads or free,
+            "device": config.learner.device,
+            "precision": config.learner.precision,
+        }
+        helpers = [
+            self._actor(
+                RayLearner,
+                f"learner-{rank}",
+                num_gpus=float(on_gpus),
+                make_reporter=silent_reporter,
+                sink=NoSink(),
+                helper=True,
+                **learning,
+            )
+            for rank in range(1, ranks)
+        ]
         self.learner = self._actor(
             RayLearner,
             "learner",
-            num_cpus=1,
             num_gpus=of_learner,
-            max_concurrency=3,
-            policy_config=policy_config,
-            instruction=job["instruction"],
-            checkpoints=Path(run.checkpoints),
-            make_reader=reader,
             make_reporter=reporter("learner"),
             sink=RayWeightSink(str(run.path)),
-            seed=config.seed,
-            # A thread that has to share its core holds up the others at every operation.
-            threads=config.learner.threads or max(1, (os.cpu_count() or 1) - config.twins.actors),
+            helpers=[f"learner-{rank}" for rank in range(1, ranks)],
+            **learning,
         )
         self.twins = [
             self._actor(
@@ -191,7 +207,7 @@ class Cluster:
             make_reporter=reporter("robot_actor"),
             infer=SingleInference(RayInference(), config.seed + 500),
         )
-        self.everyone = [self.learner, *self.twins, self.inference, self.robots]
+        self.everyone = [self.learner, *helpers, *self.twins, self.inference, self.robots]
 
     def wait_ready(self) -> None:
         """Return when every actor answers; DeadlineError names what is missing."""

@@ -130,7 +130,8 @@ class Schedule:
 
     def _sft(self, name: str, sources: list[str]) -> None:
         settings = self.config.sft
-        options = {"steps": settings.steps, **settings.options}
+        held_out = {"steps": settings.steps, "validation": settings.validation}
+        options = {**held_out, **settings.options}
         summary = self._learn("sft", name=name, sources=sources, options=options)
         self._published(name, summary)
 

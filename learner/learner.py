@@ -206,6 +206,15 @@ class Learner:
         self._writer.flush()
         return (self._checkpoints / f"{name}.pt").exists()
 
+    def begin(self, name: str, start: str | None) -> tuple[bool, dict[str, Any]]:
+        """Restore what stage `name` left when it was interrupted, else checkpoint `start` (None: the policy as it is).
+
+        Returns whether it was interrupted, and the algorithm's state.
+        """
+        if distributed.agree(self.has(f"{name}-running")):
+            return True, self.restore(f"{name}-running")
+        return False, self.restore(start) if start is not None else {}
+
     def restore(self, name: str) -> dict[str, Any]:
         """Load checkpoint `name` into the policy, and torch's random state; versions never go back.
 
@@ -237,8 +246,12 @@ class Learner:
         self._clock_waited = self.data_waited
         self._clock, self._clock_updates, self._clock_batches = now, updates, batches
         if self._stage != "idle":
-            data.update({f"loss/{key}": value for key, value in self._losses.items()})
+            data.update(self.losses())
         return data
+
+    def losses(self) -> dict[str, float]:
+        """The newest losses, also of a stage that has ended."""
+        return {f"loss/{key}": value for key, value in self._losses.items()}
 
 
 def choose_device(name: str) -> torch.device:

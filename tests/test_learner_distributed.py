@@ -14,6 +14,8 @@ from learner import distributed
 from learner.algorithms.pretrain import Pretrain, PretrainConfig
 from learner.algorithms.sft import SFT, SFTConfig
 from learner.optimiser import Optimiser
+from learner.sharding import gathered, shard
+from policies.experts import TransformerExpert
 from policies.registry import make_policy
 from tests.training import POLICY, POSE, images, make_learner, make_segments, make_windows
 from twinrl.core.errors import TwinRLError
@@ -75,6 +77,29 @@ def run_stage(rank, folder):
     return {**found, "policy": learner.policy.state_dict()}
 
 
+def run_expert(sharded):
+    """What a few steps make of a transformer expert, whole or divided among ranks."""
+    torch.manual_seed(4)
+    flow = TransformerExpert(16, 5, 4, 7, width=32, layers=2, head_dim=16)
+    if sharded:
+        shard(flow)
+    optimiser = Optimiser(flow.parameters(), 1e-3, clip=0.5)
+    generator = torch.Generator().manual_seed(0)
+    features, chunk = (torch.randn(shape, generator=generator) for shape in ((8, 6, 16), (8, 28)))
+    share, norms = distributed.share, []
+    for _ in range(4):
+        t, eps = flow.matching_points(features, 2, generator)
+        losses = flow.matching_loss(
+            share(features),
+            share(chunk),
+            torch.ones_like(share(chunk)),
+            points=(share(t), share(eps)),
+        )
+        norms.append(optimiser.step(losses.sum() * distributed.size() / len(chunk)))
+    parts = {name: distributed.is_sharded(each) for name, each in flow.named_parameters()}
+    return {"flow": gathered(flow), "norms": norms, "sharded": all(parts.values())}
+
+
 def work(rank, folder):
     """All that a rank does; the result goes to a file."""
     torch.set_num_threads(1)
@@ -86,6 +111,7 @@ def work(rank, folder):
             result["pretrain"] = run_pretrain(rank)
             result["refusal"] = run_refusal(rank)
             result["stage"] = run_stage(rank, folder)
+            result["expert"] = run_expert(sharded=True)
             result["mean"] = distributed.mean([rank, 2.0])
             torch.save(result, folder / f"rank{rank}.pt")
             if rank == 1:
@@ -141,6 +167,15 @@ def test_two_ranks_train_like_one(ranks, what):
 
 def test_pretraining_on_two_ranks_is_that_on_one(ranks):
     assert_same(ranks[0]["pretrain"], run_pretrain(), 1e-5)
+
+
+def test_a_divided_expert_learns_like_a_whole_one(ranks):
+    """FSDP2 on two processes: the same gradient norms and parameters, of which each rank kept a part."""
+    whole = run_expert(sharded=False)
+    for found in ranks:
+        assert found["expert"]["sharded"] and not whole["sharded"]
+        assert found["expert"]["norms"] == pytest.approx(whole["norms"], rel=1e-4)
+        assert_same(found["expert"]["flow"], whole["flow"], 1e-4)
 
 
 def test_ranks_skip_the_same_updates(ranks):

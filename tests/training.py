@@ -65,14 +65,25 @@ def make_segments(count, source="demo", steps=8, seed=0):
             "success": ends,
             "intervention": np.zeros(steps, bool),
             "policy_version": np.full(steps, -1, np.int64),
+            "chunk_id": np.full(steps, -1, np.int32),
+            "timestamp": np.arange(steps) / 10,
             "observation.state": state,
             "privileged.state": state[:, :POSE].copy(),
             "frame_step": np.arange(steps + 1, dtype=np.int32),
             **images(rng, steps + 1),
         }
         name = f"{source} {seed}-{episode}"
-        header = {"source": source, "episode": name, "first_step": 0, "instruction": "go"}
-        segments.append(Segment({**header, "last": True}, columns))
+        header = {
+            "source": source,
+            "task": "follow",
+            "instruction": "go",
+            "region": "id",
+            "configuration": {},
+            "episode": name,
+            "first_step": 0,
+            "last": True,
+        }
+        segments.append(Segment(header, columns))
     return segments
 
 

@@ -222,6 +222,9 @@ class SftConfig(Section):
     """Stage 1, and the baseline before it."""
 
     steps: int = Field(1500, ge=1, description="gradient steps")
+    validation: float = Field(
+        0.05, ge=0, lt=1, description="share of episodes kept apart, to see overfitting; 0: none"
+    )
     options: dict[str, Any] = Field({}, description="of learner.algorithms.sft")
 
 
@@ -317,7 +320,19 @@ class DashboardConfig(Section):
 class LearnerConfig(Section):
     """The learner's process."""
 
-    device: str = Field("auto", description="cpu: reserve no GPU; else one if Ray has any")
+    device: str = Field(
+        "auto",
+        description="where the policy is trained: auto takes a GPU where the cluster has one; cpu, cuda",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="of pretraining and SFT: auto is bfloat16 on a GPU; RL computes in float32",
+    )
+    ranks: int = Field(
+        1,
+        ge=1,
+        description="processes that share pretraining's and SFT's batches (docs/training.md)",
+    )
     threads: int = Field(
         0, ge=0, description="torch threads, 0 = the cores that the twin actors leave"
     )
@@ -380,6 +395,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     for override in overrides:
         _apply(data, override)
     return make_config(data, str(path))
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Nested dicts from `section.key=value` words (values are YAML)."""
+    data: dict[str, Any] = {}
+    for override in overrides:
+        _apply(data, override)
+    return data
 
 
 def make_config(data: dict[str, Any], origin: str = "configuration") -> Config:

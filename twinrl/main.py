@@ -25,6 +25,7 @@ COMMANDS = {
     "tasks": ("deploy.tasks_command:command", "list the tasks and the simulators"),
     "play": ("deploy.play_command:command", "show a task: expert, random or a policy, as a video"),
     "eval": ("deploy.evaluation:command", "measure the success of a checkpoint"),
+    "train": ("deploy.train_command:command", "train a policy offline on what a run recorded"),
     "replay": (
         "deploy.replay_command:command",
         "list, show, export or delete what the replay holds",

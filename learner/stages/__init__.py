@@ -1,6 +1,7 @@
 """The stages a learner can run, by name: each is a function of the Learner and plain values."""
 
 from learner.stages.begin import begin
+from learner.stages.offline import offline_pretrain, offline_rl
 from learner.stages.real_rl import real_rl
 from learner.stages.self_imitation import self_imitation
 from learner.stages.supervised import pretrain, sft
@@ -13,4 +14,6 @@ STAGES = {
     "twin_rl": twin_rl,
     "self_imitation": self_imitation,
     "real_rl": real_rl,
+    "offline_pretrain": offline_pretrain,
+    "offline_rl": offline_rl,
 }

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from learner import distributed
 from learner.algorithms.pretrain import Pretrain, PretrainConfig
 from learner.algorithms.sft import SFT, SFTConfig
 from learner.dataset import windows
@@ -23,7 +22,11 @@ CHECKPOINT_SECONDS = 60.0
 
 
 def pretrain(
-    learner: Learner, *, scenes: Sequence[Scenes], options: dict[str, Any]
+    learner: Learner,
+    *,
+    scenes: Sequence[Scenes],
+    options: dict[str, Any],
+    start: str | None = None,
 ) -> dict[str, Any]:
     """Train the vision encoder on labelled scenes; leaves checkpoint "pretrained".
 
@@ -44,7 +47,7 @@ def pretrain(
     held_out = min(HELD_OUT, len(labels) // 10)
     test = {key: value[:held_out] for key, value in observation.items()}
     train = {key: value[held_out:] for key, value in observation.items()}
-    resumed, state = _begin(learner, "pretrained")
+    resumed, state = learner.begin("pretrained", start)
     algorithm = Pretrain(
         learner.policy,
         make_settings(PretrainConfig, options, "pretrain.options"),
@@ -74,7 +77,7 @@ def sft(
     Of an arm's episodes (source "real") only what a person did is cloned.
     Sources are drawn equally often unless `options` have `shares`. None for `start` trains the policy as it is.
     """
-    resumed, state = _begin(learner, name, start)
+    resumed, state = learner.begin(name, start)
     learner.reader.sync()
     segments = [s for source in sources for s in learner.reader.segments(source=source)]
     segments = [
@@ -95,15 +98,6 @@ def sft(
         return summary
     best = {"best_step": algorithm.overfitting.best_step, "validation": algorithm.overfitting.best}
     return {**summary, **best, "validation_windows": len(algorithm.validation)}
-
-
-def _begin(learner: Learner, name: str, start: str | None = None) -> tuple[bool, dict[str, Any]]:
-    """Restore what the stage left when it was interrupted, or checkpoint `start`; whether it was interrupted, and the
-    algorithm's state."""
-    running = f"{name}-running"
-    if distributed.agree(learner.has(running)):
-        return True, learner.restore(running)
-    return False, learner.restore(start) if start is not None else {}
 
 
 def _train(learner: Learner, algorithm: Pretrain | SFT, name: str, key: str) -> bool:
