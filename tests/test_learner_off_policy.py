@@ -14,6 +14,7 @@ from learner.algorithms.improvement import ImprovementConfig, OneStep
 from learner.algorithms.sft import ImitationData
 from learner.dataset import Windows, executed_windows, imitated_steps, windows
 from learner.features import FeatureCache
+from learner.returns import returns_to_go
 from policies.vla import VLA
 from policies.weights import load_arrays, to_arrays
 from twinrl.config import RealRlConfig
@@ -267,6 +268,30 @@ def test_cal_ql_on_a_two_state_mdp(policy):
             torch.testing.assert_close(values[:, 0], y, atol=0.03, rtol=0)
         else:
             assert (values[:, 0] < y - 0.4).all()
+
+
+def test_returns_are_in_the_units_of_targets(policy):
+    """Trap 12: V_mu has the critics' discount and cost, over all segments of an episode; unknown ends are no returns."""
+    gamma, cost = 0.9, 0.05
+    whole = make_segment(9)
+    expected, following = np.zeros(9), 0.0
+    for t in reversed(range(9)):
+        following = whole.columns["reward"][t] - cost + gamma * following
+        expected[t] = following
+
+    def part(first, end):
+        columns = {key: value[first:end] for key, value in whole.columns.items()}
+        return Segment({**whole.header, "first_step": first}, columns)
+
+    for segments in ([whole], [part(0, 4), part(4, 9)], [part(4, 9), part(0, 4)]):
+        found = returns_to_go(segments, gamma, cost)
+        ordered = sorted(
+            zip(segments, found, strict=True), key=lambda p: p[0].header.get("first_step", 0)
+        )
+        np.testing.assert_allclose(np.concatenate([f for _, f in ordered]), expected, rtol=1e-5)
+    assert np.isneginf(returns_to_go([part(0, 4)], gamma)[0]).all()
+    first, last = returns_to_go([part(0, 3), part(4, 9)], gamma, cost)
+    assert np.isneginf(first).all() and last[0] == pytest.approx(expected[4], rel=1e-5)
 
 
 def test_cal_ql_belongs_to_the_offline_part(policy):
