@@ -7,6 +7,7 @@ and since S points of a flow look at one cached prefix (policies/pi0.py).
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -130,7 +131,12 @@ def parameters_on_meta(wanted: bool) -> Iterator[None]:
     Drawing three billion random numbers to throw them away takes minutes and 13 GB.
     """
 
-    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter:
+    thread = threading.get_ident()
+
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        # torch knows one hook for all threads; modules that others build are none of ours.
+        if threading.get_ident() != thread:
+            return None
         return nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
 
     handle = register_module_parameter_registration_hook(to_meta) if wanted else None

@@ -35,9 +35,11 @@ class Statistics(NamedTuple):
     action: tuple[Tensor, Tensor]
 
     def fit(self, state: Normaliser, action: Normaliser) -> bool:
-        """Whether they have as many numbers as these normalisers."""
-        return self.state[0].shape == state.centre.shape and (
-            self.action[0].shape == action.centre.shape
+        """Whether they have as many numbers as these normalisers, and LeRobot's "not known yet", infinity, nowhere."""
+        return (
+            self.state[0].shape == state.centre.shape
+            and self.action[0].shape == action.centre.shape
+            and all(bool(each.isfinite().all()) for each in (*self.state, *self.action))
         )
 
 

@@ -155,7 +155,10 @@ def load_published(policy: nn.Module, published: Published, dtype: torch.dtype) 
     wanted = {name: tensor for name, tensor in policy.state_dict().items() if SHARED.search(name)}
     places = _places(published, wanted)
     loaded = {
-        places[name]: tensor.to(dtype if places[name].startswith("trunk.") else torch.float32)
+        # A copy: what safetensors gives is mapped, and would change with its file.
+        places[name]: tensor.to(
+            dtype if places[name].startswith("trunk.") else torch.float32, copy=True
+        )
         for name, tensor in published.read(places)
     }
     policy.load_state_dict(loaded, strict=False, assign=True)

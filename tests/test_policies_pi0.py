@@ -249,6 +249,17 @@ def test_features_are_rows(observation):
     torch.testing.assert_close(summary[:, SMALL["width"] :][:, :STATE_DIM], state)
 
 
+def test_the_state_is_limited(observation):
+    """A number that hardly moved in the data, and then does, counts five deviations and no more."""
+    policy = make()
+    far, limit = (
+        {**observation, "observation.state": np.full((BATCH, STATE_DIM), value, np.float32)}
+        for value in (1e6, 5.0)
+    )
+    with torch.no_grad():
+        assert torch.equal(encode(policy, far), encode(policy, limit))
+
+
 def flow_loss(policy, observation, chunk, seed=11):
     generator = torch.Generator().manual_seed(seed)
     features = encode(policy, observation)
@@ -287,7 +298,7 @@ def test_sft_with_the_encoder_lowers_the_loss():
     rng = np.random.default_rng(13)
     rows, shape = 32, (32, 28, 28, 3)
     state = rng.normal(size=(rows, STATE_DIM)).astype(np.float32)
-    action = np.tile(state[:, None, :1], (1, CHUNK, 7))
+    action = 0.2 * np.tile(state[:, None, :1], (1, CHUNK, 7))
     windows = Windows(
         {f"observation.images.{name}": rng.integers(0, 256, shape).astype(np.uint8) for name in CAMERAS},
         state, action, np.ones((rows, CHUNK), np.float32), np.zeros(rows, np.int64), ["go"] * rows,

@@ -382,11 +382,11 @@ def test_random_weights_are_published_whole(source):
     assert same(actor, source)
 
 
-def write_statistics(folder, form, tensors, state=5):
+def write_statistics(folder, form, tensors, state=5, deviation=0.5):
     """Beside weights, in one of three forms: state 0 .. and 1 .., action 10 .. and 0.5 ..."""
     values = {
         "state": {"mean": np.arange(state) * 1.0, "std": np.arange(state) + 1.0},
-        "actions": {"mean": np.arange(7) + 10.0, "std": np.arange(7) + 0.5},
+        "actions": {"mean": np.arange(7) + 10.0, "std": np.arange(7) + deviation},
     }
     t = {
         k: {p: torch.tensor(v, dtype=torch.float32) for p, v in d.items()}
@@ -430,6 +430,9 @@ def test_statistics_of_another_robot_or_kind_are_left_alone(tmp_path, tensors, c
     assert torch.equal(policy.state_normaliser.scale, torch.ones(5))
     assert torch.equal(policy.action_normaliser.scale, torch.ones(7))
     assert "0 of 1 statistics (assets/arm/norm_stats.json) fit 5 numbers of state" in caplog.text
+    unknown = write(tmp_path / "unknown", tensors)
+    write_statistics(unknown, "lerobot", tensors, deviation=np.inf)
+    assert torch.equal(make(unknown).action_normaliser.scale, torch.ones(7))
     quantiles = write(tmp_path / "quantiles", tensors)
     write_statistics(quantiles, "lerobot", tensors)
     step = {"config": {"norm_map": {"STATE": "QUANTILES", "ACTION": "QUANTILES"}}}
