@@ -69,8 +69,8 @@ class TransformerExpert(FlowExpert):
         noisy_steps: int = 0,
         half: bool = False,
     ) -> None:
-        """`half`: compute in bfloat16. A path's likelihood then depends on how rows are batched, by some tenths of
-        a nat."""
+        """`half`: compute in bfloat16. Not for PPO across devices: they round a velocity differently, and a path's
+        likelihood with it."""
         super().__init__(chunk * action_dim, token_dim + numbers, noisy_steps)
         self.numbers, self.rows = numbers, math.ceil(numbers / token_dim)
         self.chunk, self.action_dim, self.half = chunk, action_dim, half
