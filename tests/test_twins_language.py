@@ -137,6 +137,15 @@ def test_where_things_lie_says_nothing_about_what_is_asked():
     assert len({row.tobytes() for row in first[PRIVILEGED]}) == 4
 
 
+def test_poses_in_place_of_pictures_do_not_tell_what_is_asked_either():
+    env = make(4, observe="state")
+    first, _ = env.reset(
+        options={"configurations": [{"seed": 9, "errand": name} for name in ERRANDS]}
+    )
+    assert {"red_block_x", "yellow_pad_y"} <= set(env.state_names)
+    assert (first["observation.state"] == first["observation.state"][0]).all()
+
+
 def test_every_errand_and_wording_is_drawn_and_none_that_is_held_out():
     env = make(64)
     seen = set()
@@ -225,7 +234,8 @@ def test_labelled_scenes_are_told_and_labelled_by_role():
         found = np.isfinite(columns)
         assert found.sum() > 15
         pairs = np.corrcoef(columns[found], labels[rows, at("block_y")][found])[0, 1]
-        others = np.corrcoef(columns[found], labels[rows, at("other_block_y")][found])[0, 1]
+        other = at("blue_block_y" if colour == "red" else "red_block_y")
+        others = np.corrcoef(columns[found], labels[rows, other][found])[0, 1]
         assert pairs > 0.95 > abs(others), colour
 
 

@@ -72,6 +72,13 @@ def _errand(block: str, pad: str) -> Errand:
     return Errand(f"{block}-{pad}", *names, said(TEMPLATES), said(HELD_OUT_TEMPLATES))
 
 
+def _fourfold(turn: Array) -> Array:
+    """(n, 2) sine and cosine of four times a block's yaw."""
+    xp = array_namespace(turn)
+    yaw = 4.0 * rotation.yaw(turn)
+    return xp.stack([xp.sin(yaw), xp.cos(yaw)], axis=1)
+
+
 class FollowInstruction:
     """Reward 1 when the block that is named lies on the pad that is named and the gripper has let go of it."""
 
@@ -94,13 +101,18 @@ class FollowInstruction:
         }
         for name, side in (("id", (-BLOCK_Y[1], -BLOCK_Y[0])), ("ood", BLOCK_Y))
     }
-    # By role, not by colour: a label tells what the instruction means in this scene.
+    # By role first: a label tells what the instruction means in this scene. Then by colour, which tells nothing of it.
     privileged_names = (
         *("block_x", "block_y", "block_z", "block_sin_4yaw", "block_cos_4yaw"),
         *("pad_x", "pad_y", "held"),
         *("block_vx", "block_vy", "block_vz"),
         *("block_from_tcp_x", "block_from_tcp_y", "block_from_tcp_z"),
-        *("other_block_x", "other_block_y", "other_block_z", "other_pad_x", "other_pad_y"),
+        *(
+            f"{colour}_block_{name}"
+            for colour in COLOURS
+            for name in ("x", "y", "z", "sin_4yaw", "cos_4yaw")
+        ),
+        *(f"{colour}_pad_{name}" for colour in PAD_COLOURS for name in ("x", "y")),
     )
 
     def fits(self, placement: dict[str, list[float]]) -> bool:
@@ -185,18 +197,19 @@ class FollowInstruction:
         """(n, P) as `privileged_names` say; the angle is fourfold, as a quarter of a turn grasps the same."""
         xp = array_namespace(now.tcp)
         block, pad = (self._of(now, role, now.position) for role in ("grasped", "goal"))
-        yaw = 4.0 * rotation.yaw(self._of(now, "grasped", now.turn))
         held = xp.astype(self.held(now), now.tcp.dtype)
         columns = [
             block,
-            xp.stack([xp.sin(yaw), xp.cos(yaw)], axis=1),
+            _fourfold(self._of(now, "grasped", now.turn)),
             pad[:, :2],
             held[:, None],
             self._of(now, "grasped", now.velocity)[:, :3],
             block - now.tcp,
-            self._other(now, "grasped", now.position),
-            self._other(now, "goal", now.position)[:, :2],
         ]
+        for colour in COLOURS:
+            name = f"{colour}_block"
+            columns += [now.position[name], _fourfold(now.turn[name])]
+        columns += [now.position[f"{colour}_pad"][:, :2] for colour in PAD_COLOURS]
         return xp.astype(xp.concat(columns, axis=1), xp.float32)
 
     def expert(self, now: Snapshot, target: Array, target_turn: Array) -> Array:
