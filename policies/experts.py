@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from policies.flow import TIME_FEATURES, FlowExpert
-from policies.layers import fourier, mlp
+from policies.layers import bfloat16_where, fourier, mlp
 from policies.transformer import CachedBlock
 
 
@@ -81,7 +81,7 @@ class TransformerExpert(FlowExpert):
         """The prefix's keys and values in each layer, once for all points and integration steps."""
         tokens = features[:, : features.shape[1] - self.rows]
         hidden = (tokens == 0).all(-1)[:, None, None]
-        with self._precision(features):
+        with bfloat16_where(self.half, features):
             cache = [block.cache(tokens) for block in self.network.blocks]
             context = self.context(self.summary(features))[:, None]
         return Prefix(context, [k for k, _ in cache], [v for _, v in cache], hidden)
@@ -89,7 +89,7 @@ class TransformerExpert(FlowExpert):
     def field(self, condition: Prefix, x: Tensor, t: Tensor) -> Tensor:
         """Velocity (B, S, D)."""
         points = x.unflatten(-1, (self.chunk, self.action_dim))
-        with self._precision(x):
+        with bfloat16_where(self.half, x):
             velocity = self.network(points, fourier(t), *condition)
         return velocity.flatten(2).to(x.dtype)
 
@@ -103,9 +103,6 @@ class TransformerExpert(FlowExpert):
         token_dim = self.summary_dim - self.numbers
         padding = self.rows * token_dim - self.numbers
         return nn.functional.pad(numbers, (0, padding)).unflatten(1, (self.rows, token_dim))
-
-    def _precision(self, like: Tensor) -> torch.autocast:
-        return torch.autocast(like.device.type, torch.bfloat16, enabled=self.half)
 
 
 class ActionTransformer(nn.Module):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,11 @@ def mlp(inputs: int, hidden: int, outputs: int, layers: int = 2) -> nn.Sequentia
     for width in [inputs] + [hidden] * (layers - 1):
         parts += [nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.GELU()]
     return nn.Sequential(*parts, nn.Linear(hidden, outputs))
+
+
+def bfloat16_where(half: bool, like: Tensor) -> AbstractContextManager[Any]:
+    """Autocast to bfloat16 on the device of `like` if `half`; else whatever the caller computes in goes on."""
+    return torch.autocast(like.device.type, torch.bfloat16) if half else nullcontext()
 
 
 def fourier(t: Tensor, frequencies: int = 4) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from policies.layers import bfloat16_where
+
 IMAGENET = (
     (0.485, 0.456, 0.406),
     (0.229, 0.224, 0.225),
@@ -68,7 +70,7 @@ class PretrainedEncoder(nn.Module):
             )
         with (
             torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen),
-            torch.autocast(images.device.type, torch.bfloat16, enabled=half),
+            bfloat16_where(half, pixels),
         ):
             hidden = self.network(pixel_values=(pixels - self.mean) / self.std).last_hidden_state
         # Class and register tokens, where there are any, come before the patches.

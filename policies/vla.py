@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from policies.experts import MLPExpert, TransformerExpert
 from policies.flow import FlowExpert
 from policies.language import InstructionEncoder
-from policies.layers import mlp
+from policies.layers import bfloat16_where, mlp
 from policies.normalise import Normaliser
 from policies.policy import Policy
 from policies.tower import PretrainedEncoder
@@ -165,7 +165,7 @@ class VLA(Policy):
         half = self.architecture.precision == "bfloat16" or (
             self.architecture.precision == "auto" and state.device.type != "cpu"
         )
-        with torch.autocast(state.device.type, torch.bfloat16, enabled=half):
+        with bfloat16_where(half, state):
             seen = {
                 name: camera(observation[image_key(name)]) for name, camera in self.vision.items()
             }

@@ -261,6 +261,19 @@ def test_bfloat16_computes_half_and_stores_whole(form):
     assert all(torch.isfinite(p.grad).all() for p in half.parameters() if p.grad is not None)
 
 
+def test_the_learners_precision_reaches_a_float32_policy(form):
+    """Under the learner's autocast trunk and expert compute in bfloat16 too, and outputs stay float32."""
+    policy = build(form, precision="float32")
+    features, x, t = features_of(policy), torch.randn(N, policy.flow.dim), torch.rand(N, 1)
+    with torch.no_grad():
+        velocity = policy.velocity(features, x, t)
+        with torch.autocast("cpu", torch.bfloat16):
+            half = policy.velocity(features, x, t)
+            assert (features_of(policy) != features).any() and features.dtype == torch.float32
+    assert (half.float() != velocity).any()
+    torch.testing.assert_close(half.float(), velocity, atol=0.1, rtol=0.1)
+
+
 @pytest.mark.parametrize("form", ["keypoints-latent-mlp", "patches-trunk-expert"])
 def test_compilation_is_asked_for_by_name_and_changes_no_output(form, monkeypatch):
     """Trunk and expert are compiled with the mode that was named. Traced here, without a code generator."""
