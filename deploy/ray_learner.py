@@ -11,7 +11,7 @@ from learner import distributed
 from learner.learner import Learner
 from twinrl.core.sockets import free_port
 
-SHARED = ("pretrain", "sft")  # stages that all ranks run
+SHARED = ("pretrain", "sft", "twin_rl")  # stages that all ranks run
 HELPER_SECONDS = 60.0  # for the helpers to end when rank 0 has
 
 

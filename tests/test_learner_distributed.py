@@ -11,13 +11,22 @@ import torch
 from torch import nn
 
 from learner import distributed
+from learner.algorithms.ppoflow import PPOFlow, PPOFlowConfig
 from learner.algorithms.pretrain import Pretrain, PretrainConfig
-from learner.algorithms.sft import SFT, SFTConfig
+from learner.algorithms.sft import SFT, ImitationData, SFTConfig
 from learner.optimiser import Optimiser
 from learner.sharding import gathered, shard
 from policies.experts import TransformerExpert
 from policies.registry import make_policy
-from tests.training import POLICY, POSE, images, make_learner, make_segments, make_windows
+from tests.training import (
+    POLICY,
+    POSE,
+    images,
+    make_learner,
+    make_rollouts,
+    make_segments,
+    make_windows,
+)
 from twinrl.core.errors import TwinRLError
 
 DEADLINE = 400.0  # s for all that both ranks do
@@ -53,6 +62,24 @@ def run_pretrain(rank=0):
     for _ in range(6):
         algorithm.update()
     return policy.state_dict()
+
+
+def run_ppo(rank=0):
+    """What an iteration of PPOFlow makes of policy and critic, with an anchor, a lag, and minibatches of odd sizes."""
+    policy = make()
+    data = make_windows(30)
+    policy.fit_states(data.state)
+    policy.fit_actions(data.action.reshape(-1, 7))
+    segments = make_rollouts(policy, 7)
+    if rank:  # corrected by rank 0 before anything is computed
+        torch.nn.init.zeros_(policy.flow.project.weight)
+    distributed.broadcast(policy.state_dict().values())
+    anchor = ImitationData(policy, data, {"demo": 1.0})
+    settings = {"critic_warmup": 0, "minibatch": 20, "critic_updates": 5, "learning_rate": 2e-5}
+    ppo = PPOFlow(policy, PPOFlowConfig(**settings), POSE, anchor, seed=2)
+    metrics = ppo.update(segments, version=1)
+    state = {**policy.state_dict(), **{f"value.{k}": v for k, v in ppo.value.state_dict().items()}}
+    return {"policy": state, "kl": metrics["kl"], "updates": metrics["updates"]}
 
 
 def run_refusal(rank):
@@ -109,6 +136,7 @@ def work(rank, folder):
             result["sft"] = run_sft(rank)
             result["encoder"] = run_sft(rank, train_encoder=True, accumulate=2)
             result["pretrain"] = run_pretrain(rank)
+            result["ppo"] = run_ppo(rank)
             result["refusal"] = run_refusal(rank)
             result["stage"] = run_stage(rank, folder)
             result["expert"] = run_expert(sharded=True)
@@ -167,6 +195,15 @@ def test_two_ranks_train_like_one(ranks, what):
 
 def test_pretraining_on_two_ranks_is_that_on_one(ranks):
     assert_same(ranks[0]["pretrain"], run_pretrain(), 1e-5)
+
+
+def test_ppoflow_on_two_ranks_is_that_on_one(ranks):
+    """Also where a minibatch has one row, and with the same stop by the KL."""
+    alone = run_ppo()
+    for found in (found["ppo"] for found in ranks):
+        assert found["updates"] == alone["updates"] > 3
+        assert found["kl"] == pytest.approx(alone["kl"], rel=1e-3, abs=1e-6)
+        assert_same(found["policy"], alone["policy"], 1e-5)
 
 
 def test_a_divided_expert_learns_like_a_whole_one(ranks):

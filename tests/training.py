@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from learner.dataset import Windows
 from learner.learner import Learner
@@ -84,6 +85,30 @@ def make_segments(count, source="demo", steps=8, seed=0):
             "last": True,
         }
         segments.append(Segment(header, columns))
+    return segments
+
+
+def make_rollouts(policy, count, version=0, steps=10):
+    """On-policy segments as an actor writes them; the last chunk of each was cut short, every second one succeeded."""
+    generator, segments = torch.Generator().manual_seed(0), []
+    for segment in make_segments(count, source="twin", steps=steps):
+        start = np.arange(0, steps, C, dtype=np.int32)
+        seen = {key: value[start] for key, value in segment.columns.items() if "observation" in key}
+        action, info = policy.act(seen, "go", generator, explore=True)
+        failed = len(segments) % 2 == 0
+        ends = np.arange(steps) == steps - 1
+        changed = {
+            "action": action.reshape(-1, 7)[:steps],
+            "reward": (ends & (not failed)).astype(np.float32),
+            "terminated": ends & (not failed),
+            "truncated": ends & failed,
+            "success": ends & (not failed),
+            "policy_version": np.full(steps, version, np.int64),
+            "chunk_step": start,
+            "policy.path": info["path"],
+            "policy.log_prob": info["log_prob"],
+        }
+        segments.append(Segment(segment.header, {**segment.columns, **changed}))
     return segments
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from learner import distributed
 from learner.algorithms.sft import ImitationData
 from learner.features import encode
 from learner.optimiser import Optimiser
@@ -157,7 +158,9 @@ class PPOFlow:
         total = 0.0
         for _ in range(self.config.critic_updates):
             rows = torch.randint(len(states), (self.config.minibatch,), generator=self._generator)
-            loss = functional.mse_loss(self.value(states[rows]), targets[rows])
+            own, weight = distributed.share(rows), distributed.size() / len(rows)
+            error = functional.mse_loss(self.value(states[own]), targets[own], reduction="sum")
+            loss = error * weight
             self._critic_optimiser.step(loss)
             total += float(loss.detach())
         count = self.config.critic_updates
@@ -187,13 +190,16 @@ class PPOFlow:
         advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
         kls, clipped, anchors, norms = [], [], [], []
         stopped = False
-        for rows in self._minibatches(len(path), config.epochs):
+        for whole in self._minibatches(len(path), config.epochs):
+            # With several ranks, all have the same segments and each computes its share of a minibatch.
+            rows, weight = distributed.share(whole), distributed.size() / len(whole)
             executed = None if mask is None else mask[rows]
             log_prob = self.policy.flow.path_log_prob(features[rows], path[rows], executed)
             log_ratio = config.ratio_power * (log_prob - proximal[rows])
             ratio = log_ratio.exp()
             with torch.no_grad():  # Schulman's low-variance estimate, of the tempered ratio
-                kl = float((ratio - 1.0 - log_ratio).mean())
+                kl = float((ratio - 1.0 - log_ratio).sum() * weight)
+            kl = distributed.mean([kl])[0]
             stopped = kl > config.max_kl
             if stopped:
                 break
@@ -201,7 +207,7 @@ class PPOFlow:
                 ratio * advantage[rows],
                 ratio.clamp(1.0 - config.clip, 1.0 + config.clip) * advantage[rows],
             )
-            loss = -(behaviour_weight[rows] * objective).mean()
+            loss = -(behaviour_weight[rows] * objective).sum() * weight
             if self.anchor is not None and config.anchor:
                 imitation = self.anchor.loss(
                     self.policy.flow, config.anchor_batch, 1, self._generator
@@ -210,7 +216,7 @@ class PPOFlow:
                 anchors.append(float(imitation.detach()))
             norms.append(self._optimiser.step(loss))
             kls.append(kl)
-            clipped.append(float(((ratio - 1.0).abs() > config.clip).float().mean()))
+            clipped.append(float(((ratio - 1.0).abs() > config.clip).float().sum() * weight))
         self._adapt(len(kls), stopped, kls[-1] if kls else 0.0, len(path))
         return {
             "kl": kls[-1] if kls else float("nan"),

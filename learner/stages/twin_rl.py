@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from buffer_service.client import Cursor
+from learner import distributed
 from learner.algorithms.ppoflow import PPOFlow, PPOFlowConfig
 from learner.algorithms.sft import ImitationData
 from learner.dataset import windows
@@ -45,11 +46,14 @@ def twin_rl(
         anchor = ImitationData(learner.policy, data, {"demo": 0.5, "twin": 0.5})
     config = PPOFlowConfig(**options)
     algorithm = PPOFlow(learner.policy, config, privileged_dim, anchor, learner.seed)
-    cursor = learner.reader.cursor(CURSOR, source="twin")
+    # Rank 0 takes segments and tells the other ranks, if there are any.
+    cursor = learner.reader.cursor(CURSOR, source="twin") if distributed.rank() == 0 else None
     consumed = 0
     if resumed:
         algorithm.load_state_dict(state["ppo"])
-        consumed, cursor.position = state["consumed"], state["cursor"]
+        consumed = state["consumed"]
+        if cursor is not None:
+            cursor.position = state["cursor"]
     else:
         policy = learner.policy
         if anchor is not None:  # without demonstrations it was done when the policy began
@@ -61,13 +65,15 @@ def twin_rl(
                 config.noise,
             )
         # What lies there already (the expansion) is not on-policy.
-        cursor.pass_by()
+        if cursor is not None:
+            cursor.pass_by()
     learner.publish()
-    while consumed < steps and not learner.stopping:
-        taken = take(learner, cursor, segments, max_lag)
+    while consumed < steps and learner.goes_on():
+        taken = take(learner, cursor, segments, max_lag) if cursor is not None else []
+        taken, version = distributed.agree((taken, learner.version))
         if not taken:
             break
-        metrics = algorithm.update(taken, learner.version)
+        metrics = algorithm.update(taken, version)
         learner.publish()
         consumed += sum(segment.steps for segment in taken)
         metrics["success"] = success_share(taken)
@@ -78,8 +84,12 @@ def twin_rl(
     return {"iterations": algorithm.iteration, "transitions": consumed}
 
 
-def _save(learner: Learner, name: str, algorithm: PPOFlow, consumed: int, cursor: Cursor) -> None:
-    """The checkpoint holds the cursor's position: what the weights have seen and it are one."""
+def _save(
+    learner: Learner, name: str, algorithm: PPOFlow, consumed: int, cursor: Cursor | None
+) -> None:
+    """The checkpoint holds the cursor's position: what the weights have seen and it are one. Rank 0's part."""
+    if cursor is None:
+        return
     state = {"ppo": algorithm.state_dict(), "consumed": consumed, "cursor": cursor.position}
     learner.save(name, state)
     cursor.commit()
