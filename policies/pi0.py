@@ -87,7 +87,7 @@ class Pi0Expert(FlowExpert):
         # zero on the straight path (1 - t) eps. They follow that path from one fixed draw of eps.
         draw = torch.Generator().manual_seed(0)
         self.register_buffer(
-            "filling", torch.randn(chunk, sizes.padded - action_dim, generator=draw)
+            "filling", torch.randn(chunk, sizes.padded - action_dim, generator=draw, device="cpu")
         )
 
     def summary(self, features: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ class Pi0(Policy):
             if published is not None:
                 self._keep_base()
         if recompute:
-            self.trunk.vision_tower.gradient_checkpointing_enable({"use_reentrant": False})
+            self.trunk.vision_tower.activation_checkpointing_enable({"use_reentrant": False})
 
     def _freeze(self, rank: int, alpha: float, suffixes: Sequence[str], dtype: torch.dtype) -> None:
         self.trunk.to(dtype)
