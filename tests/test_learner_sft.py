@@ -93,7 +93,7 @@ def test_the_averaged_weights_are_validated_and_the_others_stay(policy):
 
 def test_learning_by_heart_is_called_overfitting(policy):
     """Few windows whose actions are noise: the loss on them falls, that of other episodes rises."""
-    data = make_windows(80, noise=2.0)
+    data = make_windows(80, noise=4.0)
     options = {"draws": 4, "learning_rate": 3e-3, "ema": 0.9, "validation": 0.5}
     sft, measured = run(policy, data, steps=400, validate_every=20, patience=3, **options)
     assert "overfitting" in sft.overfitting.warning
@@ -233,6 +233,24 @@ def test_a_person_corrects_a_policy(tmp_path):
     with pytest.raises(ConfigError, match=r"sft\.options has no setting 'batches'; did you mean"):
         learner.run("sft", name="x", sources=["demo"], options={"batches": 8}, start=None)
     learner.close()
+
+
+def test_bfloat16_computes_and_float32_is_kept(tmp_path):
+    """Losses differ by rounding; parameters, averages and the published weights are float32."""
+    found = {}
+    for precision in ("float32", "bfloat16"):
+        learner = make_learner(tmp_path / precision, make_segments(4), precision=precision)
+        options = {"steps": 5, "batch": 16, "warmup": 1, "train_encoder": True}
+        learner.run("sft", name="sft", sources=["demo"], options=options, start=None)
+        found[precision] = (learner.policy.state_dict(), learner.losses()["loss/flow_loss"])
+        learner.close()
+    (exact, loss), (half, rounded) = found["float32"], found["bfloat16"]
+    assert rounded != loss and rounded == pytest.approx(loss, rel=0.05)
+    changed = [name for name in exact if not torch.equal(exact[name], half[name])]
+    assert any(name.startswith("flow.") for name in changed)
+    for name in changed:
+        assert half[name].dtype == torch.float32
+        torch.testing.assert_close(half[name], exact[name], rtol=0, atol=0.02)
 
 
 def test_shares_weigh_sources(policy):

@@ -35,11 +35,11 @@ def images(rng, rows):
 
 
 def make_windows(rows, seed=0, source=0, episodes=20, noise=0.0):
-    """Windows whose action is half the first number of the state, in `episodes` episodes."""
+    """Windows whose action is a tenth of the state's first number, in `episodes` episodes; `noise` is relative to that."""
     rng = np.random.default_rng(seed)
     state = rng.normal(size=(rows, STATE)).astype(np.float32)
-    action = np.tile(state[:, None, :1], (1, C, 7)) * 0.5
-    action = (action + noise * rng.normal(size=action.shape)).astype(np.float32)
+    action = np.tile(state[:, None, :1], (1, C, 7))
+    action = (0.1 * (action + noise * rng.normal(size=action.shape))).astype(np.float32)
     return Windows(
         images(rng, rows),
         state,
@@ -59,7 +59,7 @@ def make_segments(count, source="demo", steps=8, seed=0):
         state = rng.normal(size=(steps + 1, STATE)).astype(np.float32)
         ends = np.arange(steps) == steps - 1
         columns = {
-            "action": np.tile(state[:-1, :1], (1, 7)) * 0.5,
+            "action": np.tile(state[:-1, :1], (1, 7)) * 0.1,
             "reward": ends.astype(np.float32),
             "terminated": ends,
             "truncated": np.zeros(steps, bool),

@@ -13,6 +13,7 @@ from learner.algorithms.sft import SFT, SFTConfig
 from learner.dataset import windows
 from learner.learner import Learner
 from learner.settings import make_settings
+from twinrl.core.errors import TwinRLError
 from twinrl.env import STATE, image_key
 
 # Images by camera, state, labels, and what is asked in each scene.
@@ -83,7 +84,10 @@ def sft(
     segments = [
         s for s in segments if s.header["source"] != "real" or s.columns["intervention"].any()
     ]
-    data = windows(segments, learner.policy.chunk)
+    try:
+        data = windows(segments, learner.policy.chunk)
+    except ValueError as error:
+        raise TwinRLError(f"SFT on {', '.join(sources)}: {error}") from None
     learner.policy.fit_actions(data.action[data.mask > 0])
     settings = {"shares": dict.fromkeys(sources, 1.0), **options}
     config = make_settings(SFTConfig, settings, "sft.options")
