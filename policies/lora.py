@@ -102,7 +102,7 @@ def apply_lora(
     return chosen
 
 
-def lora_layers(module: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
+def adapted_layers(module: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
     """Names and layers that have LoRA."""
     for name, layer in module.named_modules():
         if isinstance(layer, LoRALinear):
@@ -111,11 +111,11 @@ def lora_layers(module: nn.Module) -> Iterator[tuple[str, LoRALinear]]:
 
 def merge(module: nn.Module) -> None:
     """Merge all LoRA layers of `module`; their state can not be saved until `unmerge`."""
-    for _, layer in lora_layers(module):
+    for _, layer in adapted_layers(module):
         layer.merge()
 
 
 def unmerge(module: nn.Module) -> None:
     """Undo `merge`, bit for bit."""
-    for _, layer in lora_layers(module):
+    for _, layer in adapted_layers(module):
         layer.unmerge()

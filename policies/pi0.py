@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from policies.flow import FlowExpert
-from policies.lora import apply_lora, lora_layers
+from policies.lora import adapted_layers, apply_lora
 from policies.pi0_layers import (
     Cache,
     Pi0Sizes,
@@ -190,20 +190,22 @@ class Pi0(Policy):
         """
         if dtype not in DTYPES:
             raise ValueError(f"policy.dtype is {dtype!r}, should be one of {sorted(DTYPES)}")
-        self_sizes = make_sizes(sizes)
+        if not cameras:
+            raise ValueError("pi0 was trained to see: it needs at least one camera")
+        net = make_sizes(sizes)
         layout = PrefixLayout(
-            self_sizes.layers,
-            self_sizes.kv_heads,
-            len(cameras) * self_sizes.image_tokens + prompt_tokens,
-            self_sizes.head_dim,
-            self_sizes.width,
-            self_sizes.padded,
+            net.layers,
+            net.kv_heads,
+            len(cameras) * net.image_tokens + prompt_tokens,
+            net.head_dim,
+            net.width,
+            net.padded,
         )
-        fill_up(torch.zeros(state_dim), self_sizes.padded, "state")
+        fill_up(torch.zeros(state_dim), net.padded, "state")
         published = open_published(weights) if weights else None
         super().__init__(
             expert=Pi0Expert(
-                self_sizes,
+                net,
                 layout,
                 chunk,
                 action_dim,
@@ -221,15 +223,15 @@ class Pi0(Policy):
             critic_hidden=critic_hidden,
             **heads,
         )
-        self.sizes, self.layout = self_sizes, layout
+        self.sizes, self.layout = net, layout
         self.feature_shape = (sum(layout.parts),)
         self.tokenizer = make_tokenizer(
             tokenizer or (published.tokenizer if published else "") or "google/paligemma-3b-pt-224",
-            self_sizes.vocabulary,
+            net.vocabulary,
             prompt_tokens,
         )
         with parameters_on_meta(published is not None):
-            self.trunk = make_trunk(self_sizes)
+            self.trunk = make_trunk(net)
         self.register_buffer("base", torch.zeros((), dtype=torch.int64))
         if published is not None:
             load_published(self, published, DTYPES[dtype] if lora_rank else torch.float32)
@@ -255,7 +257,9 @@ class Pi0(Policy):
 
     def encoder_parameters(self) -> list[nn.Parameter]:
         """LoRA's matrices, or all of the trunk where it has none."""
-        adapted = [p for _, layer in lora_layers(self.trunk) for p in (layer.lora_a, layer.lora_b)]
+        adapted = [
+            p for _, layer in adapted_layers(self.trunk) for p in (layer.lora_a, layer.lora_b)
+        ]
         return adapted or list(self.trunk.parameters())
 
     def encode(self, observation: Mapping[str, Tensor], instruction: str | Sequence[str]) -> Tensor:

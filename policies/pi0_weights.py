@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from policies.lora import lora_layers
+from policies.lora import adapted_layers
 from policies.pi0_statistics import apply_statistics
 from policies.weights import WeightsError
 
@@ -170,7 +170,8 @@ def load_published(policy: nn.Module, published: Published, dtype: torch.dtype) 
 def published_state(policy: nn.Module) -> dict[str, Tensor]:
     """Trunk and expert under openpi's names, LoRA merged: what openpi and, behind "model.", LeRobot load."""
     merged = {
-        f"trunk.{name}.weight": layer.merged_weight() for name, layer in lora_layers(policy.trunk)
+        f"trunk.{name}.weight": layer.merged_weight()
+        for name, layer in adapted_layers(policy.trunk)
     }
     state = {
         published_name(name): merged.get(name, tensor)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from policies.lora import LoRALinear, apply_lora, lora_layers, merge, unmerge
+from policies.lora import LoRALinear, adapted_layers, apply_lora, merge, unmerge
 
 RANK = 3
 
@@ -107,7 +107,7 @@ def test_a_merged_network_is_not_saved(network, x):
 
 def test_layers_are_chosen_by_the_ends_of_their_names(network):
     assert apply_lora(network, RANK, alpha=1.0, suffixes=["q_proj"]) == ["first.q_proj"]
-    assert [name for name, _ in lora_layers(network)] == ["first.q_proj"]
+    assert [name for name, _ in adapted_layers(network)] == ["first.q_proj"]
     assert type(network["second"]) is nn.Linear
     assert not network["second"].weight.requires_grad  # frozen without LoRA, too
 

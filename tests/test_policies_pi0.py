@@ -8,7 +8,7 @@ import torch
 
 from learner.algorithms.sft import SFT, SFTConfig
 from learner.dataset import Windows
-from policies.lora import lora_layers
+from policies.lora import adapted_layers
 from policies.pi0 import Pi0
 from policies.pi0_layers import resize_with_pad, time_embedding
 from policies.weights import WeightsError, load_arrays, to_arrays
@@ -27,8 +27,10 @@ INSTRUCTIONS = ["put the cube away", "stop", "wipe all of the board now"]
 def make(**settings):
     """A small pi0 whose parameters are large enough for every one of them to matter."""
     torch.manual_seed(0)
-    defaults = {"sizes": SMALL, "tokenizer": "hashed", "prompt_tokens": 9, "lora_rank": 2}
-    policy = Pi0(state_dim=STATE_DIM, cameras=CAMERAS, chunk=CHUNK, **{**defaults, **settings})
+    defaults = {
+        "cameras": CAMERAS, "sizes": SMALL, "tokenizer": "hashed", "prompt_tokens": 9, "lora_rank": 2,
+    }  # fmt: skip
+    policy = Pi0(state_dim=STATE_DIM, chunk=CHUNK, **{**defaults, **settings})
     shake(policy)
     return policy.eval()
 
@@ -272,7 +274,7 @@ def test_gradients_reach_lora_and_expert_and_nothing_frozen(observation):
     chunk = torch.randn(BATCH, CHUNK * 7)
     flow_loss(policy, observation, chunk).backward()
     last = f"language_model.layers.{SMALL['layers'] - 1}."
-    for name, layer in lora_layers(policy.trunk):
+    for name, layer in adapted_layers(policy.trunk):
         unused = name.startswith(last) and not name.endswith(("k_proj", "v_proj"))
         for matrix in (layer.lora_a, layer.lora_b):
             moved = matrix.grad is not None and bool(matrix.grad.abs().max() > 0)
@@ -379,6 +381,7 @@ def test_settings_that_cannot_be_are_refused():
             {"dtype": "float16"},
             r"policy.dtype is 'float16', should be one of \['bfloat16', 'float32'\]",
         ),
+        ({"cameras": ()}, "at least one camera"),
         ({"action_dim": 10}, "10 numbers of an action; pi0 takes at most 9"),
         ({"sizes": {**SMALL, "padded": 4}}, "takes at most 4"),
     ):
