@@ -22,26 +22,31 @@ from twinrl.env import STATE
 
 RANDOM_STEPS = 512  # that fit the view of the state, and count
 SETTINGS: dict[str, dict[str, Any]] = {
-    "Pendulum-v1": {"envs": 16, "chunks": 64, "gamma": 0.9},
-    "InvertedPendulum-v5": {"envs": 16, "chunks": 64, "gamma": 0.99},
-    "Reacher-v5": {"envs": 16, "chunks": 64, "gamma": 0.9},
+    "Pendulum-v1": {"gamma": 0.9, "noise_rms": 1.0, "chunks": 64, "minibatch": 128},
+    "InvertedPendulum-v5": {
+        "gamma": 0.98,
+        "noise_rms": 0.3,
+        "chunks": 32,
+        "minibatch": 64,
+        "epochs": 5,
+    },
+    "Reacher-v5": {"gamma": 0.9, "noise_rms": 0.5, "chunks": 128, "minibatch": 256},
 }
 COMMON: dict[str, Any] = {
+    "envs": 8,  # copies that are played together; an iteration is this many times `chunks` steps
     "lam": 0.95,
     "ratio_power": 1.0,
     "learning_rate": 1e-3,
     "max_learning_rate": 3e-3,
     "critic_hidden": 64,
     "critic_learning_rate": 3e-3,
-    "critic_updates": 40,
-    "critic_memory": 1,
+    "critic_updates": 30,
+    "critic_memory": 4,
     "critic_warmup": 0,
     "normalise_values": True,
     "epochs": 10,
-    "minibatch": 256,
-    "max_kl": 0.05,
+    "max_kl": 0.1,
 }
-NOISE = 0.5  # rms of the exploration in normalised actions, at the start
 
 
 class Collector:
@@ -133,8 +138,11 @@ def _segment(part: dict[str, np.ndarray], version: int) -> Segment:
 
 
 def train(env_id: str, seed: int, steps: int, **overrides: Any) -> dict[str, Any]:
-    """{"returns", "seconds", "curve"} of one run of `steps` environment steps; `overrides` of SETTINGS."""
-    settings = {**COMMON, "noise_rms": NOISE, **SETTINGS[env_id], **overrides}
+    """{"returns", "seconds", "curve"} of one run of `steps` environment steps; `overrides` of SETTINGS.
+
+    `noise_rms` is the exploration at the start, in normalised actions.
+    """
+    settings = {**COMMON, **SETTINGS[env_id], **overrides}
     envs, chunks, noise = (settings.pop(key) for key in ("envs", "chunks", "noise_rms"))
     torch.manual_seed(seed)
     curve = LearningCurve(env_id, steps)

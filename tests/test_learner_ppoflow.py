@@ -325,7 +325,7 @@ def test_a_policy_from_scratch_begins_in_its_range_and_explores_as_told(steps):
     with torch.no_grad():
         chunk = policy.sample(features, generator=torch.Generator().manual_seed(1))
     if steps == 1:
-        assert float(chunk.square().mean().sqrt()) < 0.35
+        assert float(chunk.square().mean().sqrt()) < 0.2
     else:
         assert float(chunk.std()) == pytest.approx(12**-0.5 * 2, abs=0.12)
 

@@ -50,15 +50,22 @@ def prepare(policy: Policy, features: Tensor, seed: int, action_noise: float) ->
     undo that. So the flow is fitted to uniformly random normalised chunks on `features` (N, ...): K = 1 then begins in
     the middle of the range, larger K with random play.
     """
-    generator = torch.Generator().manual_seed(seed)
-    optimiser = Optimiser(policy.flow.parameters(), LEARNING_RATE, clip=1.0)
+    generator, steps = torch.Generator().manual_seed(seed), policy.integration_steps
+    optimiser = Optimiser(
+        policy.flow.parameters(), LEARNING_RATE, clip=1.0, schedule=lambda step: 1 - step / UPDATES
+    )
     for _ in range(UPDATES):
         rows = torch.randint(len(features), (BATCH,), generator=generator)
         chunk = 2 * torch.rand((BATCH, policy.flow.dim), generator=generator) - 1
-        chunk = chunk.to(policy.device)
-        mask = torch.ones_like(chunk)
-        loss = policy.flow.matching_loss(features[rows], chunk, mask, 1, generator).mean()
-        optimiser.step(loss)
+        # Only at the times at which it will be asked.
+        t = torch.randint(steps, (BATCH, 1, 1), generator=generator) / steps
+        eps = torch.randn((BATCH, 1, policy.flow.dim), generator=generator)
+        points = t.to(policy.device), eps.to(policy.device)
+        mask = torch.ones_like(chunk).to(policy.device)
+        loss = policy.flow.matching_loss(
+            features[rows], chunk.to(policy.device), mask, points=points
+        )
+        optimiser.step(loss.mean())
     rows = torch.randperm(len(features), generator=generator)[:CALIBRATION]
     return policy.flow.calibrate_noise(
         features[rows], policy.integration_steps, seed, action_noise, width=NOISE_WIDTH
