@@ -59,7 +59,7 @@ def run_job(job: Job, jobs: dict[str, Job], seed: int, out: Path, extra: list[st
     folder = out / f"{job.name}-{seed}"
     if (folder / "report.json").exists():
         return folder
-    own = [*job.overrides, *extra]
+    own = [*extra, *job.overrides]  # what a job is about cannot be overruled
     if not (folder / "state.json").exists():
         named = [f"name={folder.name}", f"seed={seed}", f"runs={out.resolve()}", *own]
         if job.after is None:
@@ -67,6 +67,7 @@ def run_job(job: Job, jobs: dict[str, Job], seed: int, out: Path, extra: list[st
             return folder
         start = run_job(jobs[job.after], jobs, seed, out, extra)
         fork(start, folder, job, named)
+    (folder / "topology.json").unlink(missing_ok=True)  # its ports may be somebody else's by now
     _launch("--resume", str(folder))
     return folder
 

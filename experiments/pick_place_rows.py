@@ -8,9 +8,7 @@ STATE_CONFIG, IMAGE_CONFIG = "configs/pick_place_state.yaml", "configs/demo.yaml
 LAST_SHARED = "eval-stage1"  # what a job that goes on from another has in common with it
 NO_TWIN_RL = "twin_rl.steps=0"
 NO_ARM = ("real_rl.robot_minutes=0", "real_rl.mining_episodes=0")
-# Stage 3's budget: some 12k steps of 0.1 s and as many resets of 5 s as they need.
-ARM = ("real_rl.robot_minutes=40", "real_rl.takeovers=40", "real_rl.mining_episodes=0")
-ARM_DATA = ("real_rl.mix={demo: 0.5, real: 0.5}", "stand_in.speed=12")
+FROM_SHOWN = ("expansion.episodes=0", NO_TWIN_RL, "real_rl.mix={demo: 0.5, real: 0.5}")
 
 
 class Job(NamedTuple):
@@ -63,28 +61,17 @@ STATE_JOBS = (
     ),
     Job("relative", STATE_CONFIG, ("task.observe=relative", NO_TWIN_RL, *NO_ARM)),
     Job("shown", STATE_CONFIG, ("expansion.episodes=0", NO_TWIN_RL, *NO_ARM)),
-    Job(
-        "offpolicy",
-        STATE_CONFIG,
-        ("expansion.episodes=0", NO_TWIN_RL, *ARM, *ARM_DATA),
-        "shown",
-    ),
+    Job("offpolicy", STATE_CONFIG, FROM_SHOWN, "shown"),
     Job(
         "dagger",
         STATE_CONFIG,
-        (
-            "expansion.episodes=0",
-            NO_TWIN_RL,
-            *ARM,
-            *ARM_DATA,
-            "real_rl.options={improvement: none, anchor: 0.0}",
-        ),
+        (*FROM_SHOWN, "real_rl.options={improvement: none, anchor: 0.0}"),
         "shown",
     ),
     Job(
         "clone",
         STATE_CONFIG,
-        ("expansion.episodes=0", NO_TWIN_RL, *ARM, *ARM_DATA, "real_rl.algorithm=clone"),
+        (*FROM_SHOWN, "real_rl.algorithm=clone"),
         "offpolicy",
         "mining",
     ),
