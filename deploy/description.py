@@ -11,6 +11,8 @@ from twinrl.core.segment import Schema
 from twinrl.env import EnvSpec
 from twins import describe
 from twins.backends import find_backend
+from twins.errands import offered
+from twins.tasks import make_task
 
 EVALUATED = ("id", "ood")  # regions
 
@@ -36,6 +38,8 @@ def describe_job(config: Config) -> dict[str, Any]:
             options=config.twins.options,
             python=config.twins.python,
         )
+        if find_backend(config.twins.backend).is_simulation:  # what is asked must be known
+            offered(make_task(config.task.name), config.task.errands, config.task.instruction)
     except ValueError as error:  # a name that does not exist, an option that cannot be
         raise ConfigError(f"task and twins: {error}") from error
     _check(config, spec)

@@ -22,6 +22,7 @@ def env_factory(config: Config) -> Callable[..., Any]:
         observe=config.task.observe,
         image_size=config.task.image_size,
         instruction=config.task.instruction,
+        errands=config.task.errands,
         reward=config.task.reward,
         regions=config.task.regions,
         backend=config.twins.backend,

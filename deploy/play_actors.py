@@ -143,6 +143,7 @@ def _policy(
         "regions": config.task.regions or None,
         "reward": config.task.reward or None,
         "instruction": config.task.instruction,
+        "errands": config.task.errands,
     }
 
     def actor(large: Any) -> Callable[..., np.ndarray]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import ast
 import json
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,10 +46,10 @@ TASK = "follow-instruction"
 SETTINGS: dict[str, dict[str, Any]] = {
     "task": {"observe": "images"},  # or state: poses instead of pictures, and no encoder to train
     "policy": {"integration_steps": 4, "critics": 0},
-    "scenes": {"count": 12_000},
-    "pretrain": {"steps": 2000},
-    "demonstrations": {"episodes": 300, "noise": 0.2},
-    "sft": {"steps": 1500},
+    "scenes": {"count": 8000},
+    "pretrain": {"steps": 1200},
+    "demonstrations": {"episodes": 200, "noise": 0.2},
+    "sft": {"steps": 1200},
 }
 QUICK: dict[str, dict[str, Any]] = {
     "scenes": {"count": 192},
@@ -277,10 +276,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     settings = make_settings(given.quick, given.overrides)
     count = (1 if given.quick else 3) if given.seeds is None else given.seeds
-    rows = [row for path in given.earlier for row in json.loads(path.read_text())["rows"]]
+    earlier = [json.loads(path.read_text()) for path in given.earlier]
+    rows = [row for result in earlier for row in result["rows"]]
+    commands = [result["command"] for result in earlier]
+    episodes = given.episodes or (8 if given.quick else 100)
     for seed in range(given.first, given.first + count):
         began = time.perf_counter()
-        rows += Language(settings, seed, given.episodes or (8 if given.quick else 100)).run()
+        rows += Language(settings, seed, episodes).run()
         print(f"seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
     figures = summarise(rows)
     for cell in dict.fromkeys(row["cell"] for row in rows):
@@ -293,8 +295,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     target = given.json or (None if given.quick else FILE)
     if target:
-        command = f"python -m experiments.language {' '.join(argv or sys.argv[1:])}".strip()
-        result = {"machine": machine(), "command": command, "settings": settings}
+        if count:
+            seeds = f"--first {given.first} --seeds {count} --episodes {episodes}"
+            commands += [" ".join(["python -m experiments.language", seeds, *given.overrides])]
+        result = {"machine": machine(), "command": "; ".join(commands), "settings": settings}
         target.write_text(json.dumps({**result, "figures": figures, "rows": rows}, indent=1))
         print(f"written to {target}")
 

@@ -45,6 +45,10 @@ class TaskConfig(Section):
     instruction: str | None = Field(
         None, description="what the policy is told; the task's own when absent"
     )
+    errands: tuple[str, ...] | None = Field(
+        None,
+        description="those of the task's errands that episodes ask for; all when absent (docs/language.md)",
+    )
     reward: dict[str, float] = Field(
         {},
         description="weights of the task's dense reward terms, beside success: 1 (docs/tasks.md)",

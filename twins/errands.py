@@ -67,7 +67,7 @@ def told_by(task: Any, instruction: str) -> str:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise ValueError(
             f"{task.name} does not know the instruction {instruction!r}{hint}; "
-            f"in other words, give {ERRAND!r} as well"
+            f"a configuration with words of its own names its {ERRAND!r} too"
         )
     return texts[instruction]
 
