@@ -20,7 +20,7 @@ from learner.algorithms.chunk_q import ChunkQ, ChunkQConfig
 from learner.algorithms.ppoflow import PPOFlow, PPOFlowConfig
 from learner.algorithms.sft import SFT, ImitationData, SFTConfig
 from learner.dataset import Windows, windows
-from learner.features import FeatureCache
+from learner.features import FeatureCache, with_ids
 from policies.policy import Policy
 from policies.registry import make_policy
 from twinrl.env import IMAGE_PREFIX, PRIVILEGED
@@ -31,7 +31,6 @@ REAL_PACE = 60.0  # an arm of 10 Hz at six times real time, as the demo's
 AHEAD = 1.5  # PPOFlow's segments come so much faster than they are taken
 BATCH = 256
 MIX = {"demo": 0.25, "twin": 0.25, "real": 0.5}  # a job's
-STEP_BITS = 20
 FIRST = 5  # updates that do not count: whatever is done once
 
 
@@ -50,6 +49,7 @@ class Turns:
         self.reader = Reader(service.address, key, run_dir=str(self.feed.run_dir))
         self.reader.sync()
         self._caches = {fed: FeatureCache(self.policy(), INSTRUCTION) for fed in (True, False)}
+        self._met: set[int] = set()
         self._iterations = 1.0  # of PPOFlow a second, as measured last
         self._batches = [self._kept() for _ in range(kept)]
 
@@ -122,27 +122,42 @@ class Turns:
     # -- off-policy ----------------------------------------------------------------------------------------
 
     def chunk_q(self, fed: bool, seconds: float) -> dict[str, float]:
-        """Critic and actor updates, on batches as they are drawn, or that lie in memory."""
+        """Critic and actor updates, on batches as they are drawn, or that lie in memory. As in the stage, what comes in
+        is encoded when it does."""
         policy = self.policy()
         imitation = ImitationData(policy, windows(self._kinds["demo"], CHUNK), {"demo": 1.0})
         algorithm = ChunkQ(policy, ChunkQConfig(actor_warmup=0), self._caches[fed])
+        self._take_in()
         if not fed:
             batches = itertools.cycle(self._batches)
             update = lambda: algorithm.update(next(batches), imitation)  # noqa: E731
-            return _timed(update, seconds, len(self._batches))
+            return _timed(update, seconds, FIRST)
         with (
             Prefetcher(self.reader, BATCH, mix=MIX) as drawn,
             _feeding(self.feed, "real", REAL_PACE),
         ):
-            for _ in range(2 * len(self._batches)):  # until what the replay holds was encoded once
-                algorithm.update(_named(next(drawn)), imitation)
+            for _ in range(FIRST):
+                algorithm.update(with_ids(next(drawn)), imitation)
             before = drawn.wait_s
-            found = _timed(lambda: algorithm.update(_named(next(drawn)), imitation), seconds, 0)
+
+            def update() -> None:
+                self._take_in("real")
+                algorithm.update(with_ids(next(drawn)), imitation)
+
+            found = _timed(update, seconds, 0)
             return {**found, "waited_share": (drawn.wait_s - before) / found["seconds"]}
 
+    def _take_in(self, source: str | None = None) -> None:
+        """Encode what the replay holds and was not met before, as it is known to the reader by now."""
+        fresh = [e for e in self.reader.entries(source=source) if e.id not in self._met]
+        self._met.update(entry.id for entry in fresh)
+        for entry, segment in zip(fresh, self.reader.load(fresh), strict=True):
+            if segment is not None:
+                self._caches[True].add(entry.id, segment)
+
     def _kept(self) -> dict[str, np.ndarray]:
-        """A batch in memory. Features are known after the first round, so that its images are not looked at."""
-        batch = _named(self.reader.sample(BATCH, chunk=CHUNK, mix=MIX))
+        """A batch in memory, whose features are known, so that its images are not looked at."""
+        batch = with_ids(self.reader.sample(BATCH, chunk=CHUNK, mix=MIX))
         features = self._caches[False]
         features.lookup(batch)
         features.lookup(batch, "next.")
@@ -211,13 +226,3 @@ def _bare_sft(policy: Policy, data: Windows) -> Update:
         return float(loss.detach()), float(norm)
 
     return update
-
-
-def _named(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Observations named by segment and step, as stage 3 names them: a frozen encoder sees each once."""
-    first = batch["segment"].astype(np.int64) << STEP_BITS
-    return {
-        **batch,
-        "observation.id": first + batch["step"],
-        "next.observation.id": first + batch["step"] + batch["steps"],
-    }

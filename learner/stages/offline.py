@@ -6,22 +6,18 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from buffer_service.client import Prefetcher
 from learner import distributed
 from learner.algorithms.chunk_q import ChunkQ, ChunkQConfig
 from learner.algorithms.sft import ImitationData
 from learner.dataset import windows
-from learner.features import FeatureCache
+from learner.features import FeatureCache, with_ids
 from learner.learner import Learner
 from learner.settings import make_settings
 from learner.stages.supervised import CHECKPOINT_SECONDS, Scenes, pretrain
 from twinrl.core.errors import TwinRLError
 from twinrl.core.segment import Segment
 from twinrl.env import PRIVILEGED, STATE, image_key
-
-STEP_BITS = 20  # an observation's id: its segment's, then its step
 
 
 def offline_pretrain(
@@ -76,7 +72,7 @@ def offline_rl(
             if not learner.goes_on():
                 learner.save(f"{name}-running", {"chunk_q": algorithm.state_dict()})
                 break
-            batch = _with_ids(next(batches))
+            batch = with_ids(next(batches))
             learner.data_waited += batches.last_wait_s
             learner.note(algorithm.update(batch, imitation), algorithm.step / steps)
             if time.monotonic() - saved > CHECKPOINT_SECONDS or learner.checkpoint_asked():
@@ -99,13 +95,3 @@ def _scene(segment: Segment) -> Scenes | None:
     images = {key[len(prefix) :]: columns[key] for key in columns if key.startswith(prefix)}
     told = [segment.header["instruction"]] * len(at)
     return images, columns[STATE][at], columns[PRIVILEGED][at], told
-
-
-def _with_ids(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Name observations by segment and step, so that a frozen encoder sees each once."""
-    first = batch["segment"].astype(np.int64) << STEP_BITS
-    return {
-        **batch,
-        "observation.id": first + batch["step"],
-        "next.observation.id": first + batch["step"] + batch["steps"],
-    }

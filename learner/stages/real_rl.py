@@ -5,21 +5,19 @@ from __future__ import annotations
 import time
 from typing import Any
 
-import numpy as np
-
 from buffer_service.client import Prefetcher
 from learner.algorithms.chunk_q import ChunkQ, ChunkQConfig
 from learner.algorithms.sft import ImitationData
 from learner.dataset import windows
-from learner.features import FeatureCache
+from learner.features import FeatureCache, with_ids
 from learner.learner import Learner
 from learner.settings import make_settings
+from twinrl.core.segment import Segment
 
 CHECKPOINT_SECONDS = 20.0
 IDLE = 0.05  # s between looks for new transitions
 DRAIN_SECONDS = 60.0  # for the updates that are due when the arm has left
 TWIN_SEGMENTS = 1000  # newest of stage 2 of which the successes are cloned
-STEP_BITS = 20  # an observation's id: its segment's, then its step
 
 
 def real_rl(
@@ -70,7 +68,8 @@ def _train(
     """Update until the stage is stopped; returns how many updates were made in all, and how many were due."""
     updates, saved, leaving = algorithm.step, time.monotonic(), None
     while True:
-        imitation.refresh()
+        for id, segment in imitation.refresh():
+            algorithm.cache.add(id, segment)
         due = algorithm.config.offline_updates + int(updates_per_step * imitation.real_steps)
         if learner.stopping:
             leaving = leaving or time.monotonic()
@@ -79,7 +78,7 @@ def _train(
         if updates >= due:
             time.sleep(IDLE)
             continue
-        batch = _with_ids(next(batches))
+        batch = with_ids(next(batches))
         learner.data_waited += batches.last_wait_s
         metrics = algorithm.update(batch, imitation.data)
         updates += 1
@@ -115,13 +114,15 @@ class _Imitation:
         data = windows(segments, learner.policy.chunk)
         self.data = ImitationData(learner.policy, data, shares)
 
-    def refresh(self) -> None:
-        """Take in the episodes that are complete now."""
+    def refresh(self) -> list[tuple[int, Segment]]:
+        """Take in the segments that arrived meanwhile; -> each with its id."""
         reader = self._learner.reader
         entries = [e for e in reader.entries(source="real") if e.id not in self._seen]
         if not entries:
-            return
-        segments = [s for s in reader.load(entries) if s is not None]
+            return []
+        loaded = zip(entries, reader.load(entries), strict=True)
+        arrived = [(entry.id, segment) for entry, segment in loaded if segment is not None]
+        segments = [segment for _, segment in arrived]
         self._seen.update(entry.id for entry in entries)
         self.real_steps += sum(segment.steps for segment in segments)
         if self._people_only:
@@ -129,15 +130,6 @@ class _Imitation:
         try:
             fresh = windows(segments, self._learner.policy.chunk)
         except ValueError:  # nothing in them may be cloned
-            return
+            return arrived
         self.data.extend(self._learner.policy, fresh)
-
-
-def _with_ids(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Name observations by segment and step, so that a frozen encoder sees each once."""
-    first = batch["segment"].astype(np.int64) << STEP_BITS
-    return {
-        **batch,
-        "observation.id": first + batch["step"],
-        "next.observation.id": first + batch["step"] + batch["steps"],
-    }
+        return arrived
