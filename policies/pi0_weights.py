@@ -22,11 +22,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from policies.hub import NotFetchedError, local_path
 from policies.lora import adapted_layers
 from policies.pi0_statistics import apply_statistics
 from policies.weights import WeightsError
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WANTED = ("*.safetensors", "*.json", "tokenizer.model")
 WORDS = "trunk.language_model.embed_tokens.weight"
 TIED = "trunk.lm_head.weight"
 PROJECTIONS = "state_proj|action_in_proj|action_out_proj|action_time_mlp_in|action_time_mlp_out"
@@ -116,11 +118,12 @@ def _open(path: Path) -> safe_open:
 
 def open_published(weights: str) -> Published:
     """The checkpoint in a folder, a file, or under a name on the Hugging Face hub."""
-    path = Path(weights).expanduser()
+    try:
+        path = local_path(weights, WANTED)
+    except NotFetchedError as error:
+        raise WeightsError(f"policy.weights: {error}") from None
     if path.is_file():
         return Published(weights, [path], path.parent)
-    if not path.exists():
-        path = _download(weights)
     if (path / INDEX).exists():
         shards = json.loads((path / INDEX).read_text())["weight_map"].values()
         files = [path / name for name in sorted(set(shards))]
@@ -129,21 +132,6 @@ def open_published(weights: str) -> Published:
     if missing := [str(file) for file in files if not file.exists()]:
         raise WeightsError(f"no weights in {weights!r}: {missing} are missing")
     return Published(weights, files, path)
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "tokenizer.model"])
-        )
-    except Exception as error:  # of many kinds: no such name, no network, not allowed
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise WeightsError(
-            f"policy.weights is {name!r}, which is no file or folder here, and as a name on the Hugging Face hub "
-            f"it cannot be fetched: {reason}"
-        ) from None
 
 
 def load_published(policy: nn.Module, published: Published, dtype: torch.dtype) -> None:

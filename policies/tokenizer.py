@@ -9,6 +9,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from policies.hub import local_path, reason
+
 HASHED = "hashed"
 # Ids that PaliGemma's vocabulary gives to padding, begin of text and the line break that ends a prompt.
 PADDING, BEGIN, NEWLINE = 0, 2, 108
@@ -80,11 +82,11 @@ class PretrainedTokenizer(Tokenizer):
         from transformers import AutoTokenizer
 
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name)
+            folder = local_path(name, ("tokenizer*", "config.json", "special_tokens_map.json"))
+            self._tokenizer = AutoTokenizer.from_pretrained(folder)
         except (OSError, ValueError, ImportError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"no tokenizer in {name!r}: {reason}. policy.tokenizer takes the folder of PaliGemma's "
+                f"no tokenizer in {name!r}: {reason(error)}. policy.tokenizer takes the folder of PaliGemma's "
                 f"tokenizer.json, a name on the hub that this machine can reach, or {HASHED!r} with random weights"
             ) from None
         if self._tokenizer.bos_token_id is None:

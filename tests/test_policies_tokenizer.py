@@ -2,7 +2,10 @@
 
 import pytest
 
+from policies.hub import NotFetchedError, local_path
+from policies.pi0_weights import open_published
 from policies.tokenizer import make_tokenizer
+from policies.weights import WeightsError
 
 
 def test_prompts_end_with_a_line_break_and_are_never_cut():
@@ -37,3 +40,24 @@ def test_a_tokenizer_s_files_are_read(tmp_path):
 def test_a_missing_tokenizer_says_what_to_give(tmp_path):
     with pytest.raises(ValueError, match=r"no tokenizer in .*policy.tokenizer takes .*'hashed'"):
         make_tokenizer(str(tmp_path), 300, 6)
+
+
+def test_what_cannot_be_fetched_is_said(monkeypatch, tmp_path):
+    """Without a network and without what was fetched before; a folder needs neither."""
+    import huggingface_hub
+
+    def unreachable(name, allow_patterns):
+        raise OSError(f"no route to {name} for {allow_patterns}.\nTry later.")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    assert local_path(str(tmp_path), ["*"]) == tmp_path
+    with pytest.raises(
+        NotFetchedError, match=r"'some/name' is no file .* no route to some/name for \['a'\]$"
+    ):
+        local_path("some/name", ["a"])
+    with pytest.raises(ValueError, match=r"no tokenizer in 'some/name': .*no route.*'hashed'"):
+        make_tokenizer("some/name", 300, 6)
+    with pytest.raises(
+        WeightsError, match=r"policy.weights: 'some/name' is no file or folder here"
+    ):
+        open_published("some/name")
