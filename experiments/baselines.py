@@ -101,8 +101,8 @@ def wall(
 ) -> tuple[float, bool, dict[str, dict[str, Any]]]:
     """Time of ours over theirs until each task's `target`; whether it is exact, not a bound; and each task's times.
 
-    Where ours never arrive the ratio is a lower bound. A peer that falls below its own final score on half of its curves is
-    counted with all of its time, which favours the peer.
+    Where ours never arrive the ratio is a lower bound (not exact). Where the peer's median run does not stay at its own
+    final score, its time is a lower bound and the ratio an upper one: to our disadvantage.
     """
     ratios, exact, times = [], True, {}
     for task, sides in rows.items():
