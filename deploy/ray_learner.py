@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +10,11 @@ import ray
 
 from learner import distributed
 from learner.learner import Learner
+from twinrl.core.errors import DeadlineError
 from twinrl.core.sockets import free_port
 
 SHARED = ("pretrain", "sft", "twin_rl")  # stages that all ranks run
+READY_SECONDS = 120.0  # for an actor that Ray brings back
 HELPER_SECONDS = 60.0  # for the helpers to end when rank 0 has
 
 
@@ -34,7 +37,7 @@ class RayLearner(Learner):
         size = 1 + len(self._helpers)
         held = ray.put(arguments)  # once for all
         calls = [
-            ray.get_actor(name).help.remote(address, rank, size, stage, held)
+            _ready(name).help.remote(address, rank, size, stage, held)
             for rank, name in enumerate(self._helpers, start=1)
         ]
         with distributed.joined(address, 0, size, str(self.device)):
@@ -56,3 +59,17 @@ class RayLearner(Learner):
     def stats(self) -> dict[str, Any]:
         """The learner's figures, and its reader's: what it waits for, which shards are lost."""
         return {**super().stats(), **self.reader.stats()}
+
+
+def _ready(name: str) -> Any:
+    """The handle of an actor that answers; one that died is waited for while Ray brings it back."""
+    ended = time.monotonic() + READY_SECONDS
+    while True:
+        try:
+            actor = ray.get_actor(name)
+            ray.get(actor.ping.remote(), timeout=max(1.0, ended - time.monotonic()))
+            return actor
+        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+            if time.monotonic() > ended:
+                raise DeadlineError(f"{name} did not answer within {READY_SECONDS:g} s") from error
+            time.sleep(0.5)

@@ -116,8 +116,9 @@ class ImitationData:
         """Features (N, ...) of all windows; of the first SAMPLE where they are not kept."""
         if self._kept:
             return self._features
-        with torch.no_grad():
-            return self._encoded(torch.arange(min(SAMPLE, len(self))))
+        assert self._windows is not None
+        first = self._windows.take(np.arange(min(SAMPLE, len(self))))
+        return encode(self._policy, first.observation, first.instruction)
 
     def loss(self, flow: FlowExpert, batch: int, draws: int, generator: torch.Generator) -> Tensor:
         """Mean flow-matching loss of `batch` drawn windows; with several ranks of this rank's share of them.
@@ -175,7 +176,7 @@ class SFT:
         options = (config.shares, config.time, config.train_encoder)
         self.data = ImitationData(policy, training, *options)
         self._generator = torch.Generator().manual_seed(seed)
-        self._parameters = list(policy.flow.parameters())
+        self._parameters = [each for each in policy.flow.parameters() if each.requires_grad]
         if config.train_encoder:
             self._parameters += self._encoder_parameters()
         self._optimiser = Optimiser(
@@ -240,10 +241,14 @@ class SFT:
     def validate(self) -> float:
         """The averaged weights' loss on episodes that were kept apart."""
         assert self.validation is not None
-        rows, points = self._looked_at
+        rows, (t, eps) = self._looked_at
+        at_once = max(1, self.config.batch // self.config.accumulate)
+        total = 0.0
         with self._averaged():
-            losses = self.validation.losses(self.policy.flow, rows, points)
-        return distributed.mean([float(losses.sum()) * distributed.size() / SAMPLE])[0]
+            for part in zip(rows.split(at_once), t.split(at_once), eps.split(at_once), strict=True):
+                losses = self.validation.losses(self.policy.flow, part[0], part[1:])
+                total += float(losses.sum())
+        return distributed.mean([total * distributed.size() / SAMPLE])[0]
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
