@@ -22,6 +22,7 @@ from twinrl.env import ACTION_DIM, STATE, image_key
 TRANSLATION, ROTATION = slice(0, 3), slice(3, 6)  # of an action: m, and a rotation vector in rad
 GRIPPER = 6  # the action's last number: 0 closed .. 1 open
 GRIPPERS = ("continuous", "binary")
+ROTATIONS = ("vector", "none")
 
 
 class Policy(nn.Module):
@@ -50,18 +51,22 @@ class Policy(nn.Module):
         action_normalisation: str = "quantiles",
         state_normalisation: str = "moments",
         gripper: str = "continuous",
+        rotation: str = "vector",
     ) -> None:
-        """`gripper`: "binary" executes what is predicted at or above 0.5 as open and the rest as closed."""
+        """`gripper`: "binary" executes what is predicted at or above 0.5 as open and the rest as closed. `rotation`:
+        "none" where an action's numbers 3 to 5 are no rotation vector."""
         super().__init__()
         check_method(action_normalisation)
         check_method(state_normalisation)
         if gripper not in GRIPPERS:
             raise ValueError(f"gripper {gripper!r}: one of {', '.join(GRIPPERS)}")
+        if rotation not in ROTATIONS:
+            raise ValueError(f"rotation {rotation!r}: one of {', '.join(ROTATIONS)}")
         self.action_normalisation, self.state_normalisation = (
             action_normalisation,
             state_normalisation,
         )
-        self.gripper = gripper
+        self.gripper, self.rotation = gripper, rotation
         self.cameras = tuple(cameras)
         self.chunk, self.action_dim = chunk, action_dim
         self.integration_steps = integration_steps
@@ -134,17 +139,8 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def fit_actions(self, actions: np.ndarray) -> None:
-        """Fit the action's normalisation and execution limits to `actions` (B, A), physical units.
-
-        ValueError where a step turns by more than pi: its rotation is not the shortest, so that a direction near it
-        would have two far apart vectors.
-        """
+        """Fit the action's normalisation and execution limits to `actions` (B, A), physical units."""
         values = torch.as_tensor(actions, dtype=torch.float32)
-        turned = float(values[:, ROTATION].norm(dim=-1).max())
-        if turned > math.pi + 1e-3:
-            raise ValueError(
-                f"a step turns by {turned:.2f} rad: rotation vectors must be the shortest, of at most pi"
-            )
         self.action_normaliser.fit(values, self.action_normalisation)
         # A dimension that the data hardly use keeps a tenth of its kind's scale: it is not blown up.
         scale = self.action_normaliser.scale
@@ -224,15 +220,16 @@ class Policy(nn.Module):
     def physical(self, chunk: Tensor) -> Tensor:
         """Normalised (..., A) -> what is executed: physical units, clipped to what was demonstrated.
 
-        Rotations beyond pi, which the corner of such a box may hold, become the shortest ones that turn alike, and a
-        binary gripper is opened or closed.
+        Rotation vectors beyond pi, which the corner of such a box may hold, become the shortest ones that turn alike,
+        and a binary gripper is opened or closed.
         """
         action = torch.clamp(
             self.action_normaliser.inverse(chunk), self.action_low, self.action_high
         )
         if self.action_dim <= GRIPPER:
             return action
-        action[..., ROTATION] = shortest(action[..., ROTATION])
+        if self.rotation == "vector":
+            action[..., ROTATION] = shortest(action[..., ROTATION])
         if self.gripper == "binary":
             action[..., GRIPPER] = (action[..., GRIPPER] >= 0.5).to(action.dtype)
         return action

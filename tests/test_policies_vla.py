@@ -329,8 +329,13 @@ def test_rotations_near_pi_are_executed_as_the_shortest():
     assert torch.equal(shortest(torch.zeros(1, 3)), torch.zeros(1, 3))
     beyond = shortest(torch.tensor([[0.0, np.pi + 0.1, 0.0]]))
     torch.testing.assert_close(beyond, torch.tensor([[0.0, 0.1 - np.pi, 0.0]]).float())
-    with pytest.raises(ValueError, match=r"a step turns by 3\.30 rad"):
-        policy.fit_actions(np.float32([[0, 0, 0, 0, 3.3, 0, 1]]))
+    free = make_policy(
+        {**CONFIG, "rotation": "none"}
+    )  # numbers that are no rotation stay as they are
+    free.load_state_dict(policy.state_dict())
+    torch.testing.assert_close(free.physical(corner)[0, 3:6], policy.action_high[3:6])
+    with pytest.raises(ValueError, match="rotation 'euler': one of vector, none"):
+        make_policy({**CONFIG, "rotation": "euler"})
 
 
 def quaternion(rotation):
