@@ -24,11 +24,15 @@ RANDOM_STEPS = 512  # that fit the view of the state, and count
 SETTINGS: dict[str, dict[str, Any]] = {
     "Pendulum-v1": {"gamma": 0.9, "noise_rms": 1.0, "chunks": 64, "minibatch": 128},
     "InvertedPendulum-v5": {
-        "gamma": 0.98,
+        "gamma": 0.99,
+        "lam": 0.9,
         "noise_rms": 0.3,
         "chunks": 32,
         "minibatch": 64,
         "epochs": 5,
+        "clip": 0.4,
+        "learning_rate": 3e-4,
+        "max_learning_rate": 1e-3,
     },
     "Reacher-v5": {"gamma": 0.9, "noise_rms": 0.5, "chunks": 128, "minibatch": 256},
 }
