@@ -15,11 +15,27 @@ from twins.errands import offered
 from twins.tasks import make_task
 
 EVALUATED = ("id", "ood")  # regions
+WORLDS = {"twin": {}, "real": {"variant": "standin"}}
+OTHER_REAL = (
+    "real-"  # a world's name: this and the number of a reality (`twins.randomise.nominal_of`)
+)
 
 
 def make_schema(values: dict[str, Any]) -> Schema:
     """Schema from plain values, as the topology file holds them."""
     return Schema(**{**values, "cameras": tuple(values["cameras"])})
+
+
+def world_options(world: str) -> dict[str, Any]:
+    """How environments of a world are made: of twin, real (the stand-in), or real-N, another reality."""
+    if world in WORLDS:
+        return WORLDS[world]
+    number = world[len(OTHER_REAL) :]
+    if not world.startswith(OTHER_REAL) or not number.isdigit():
+        raise ConfigError(
+            f"unknown world {world!r}, not one of {sorted(WORLDS)} or {OTHER_REAL}NUMBER"
+        )
+    return {"variant": f"reality-{number}"}
 
 
 def describe_job(config: Config) -> dict[str, Any]:
@@ -42,6 +58,8 @@ def describe_job(config: Config) -> dict[str, Any]:
             offered(make_task(config.task.name), config.task.errands, config.task.instruction)
     except ValueError as error:  # a name that does not exist, an option that cannot be
         raise ConfigError(f"task and twins: {error}") from error
+    for world in config.evaluation.worlds:
+        world_options(world)
     _check(config, spec)
     schema = Schema(
         state_dim=len(spec.state_names),
@@ -86,7 +104,7 @@ def _check(config: Config, spec: EnvSpec) -> None:
             for key in ("reward", "regions")
             if getattr(config.task, key)
         ]
-        if "real" in config.evaluation.worlds:
+        if any(world != "twin" for world in config.evaluation.worlds):
             problems.append("has no stand-in for a real arm, so set evaluation.worlds: [twin]")
         if real.robot_minutes or real.mining_episodes:
             problems.append(

@@ -12,12 +12,10 @@ import numpy as np
 from actors.evaluate import draw_configurations, evaluate
 from dashboard.statistics import success_rate
 from deploy import factories
-from deploy.description import describe_job
+from deploy.description import WORLDS, describe_job
 from deploy.run_folder import RunFolder
 from twinrl.config import Config
 from twinrl.core.errors import ConfigError
-
-WORLDS = {"twin": {}, "real": {"variant": "standin"}}
 
 
 def load_runner(run: RunFolder, checkpoint: str, seed: int = 0) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import ray
 
+from deploy.description import world_options
 from deploy.launch import Job
 from deploy.results import cells_of, summarise, write_results
 from twinrl.core.errors import TwinRLError
@@ -243,9 +244,8 @@ class Schedule:
                 self.run_folder.append_evaluation({**row, "stage": stage})
 
     def _cells(self) -> list[tuple[str, str, dict[str, Any]]]:
-        worlds = {"twin": {}, "real": STAND_IN}
         return [
-            (world, region, worlds[world])
+            (world, region, world_options(world))
             for world in self.config.evaluation.worlds
             for region in self.job.topology["job"]["regions"]
         ]

@@ -4,13 +4,25 @@ import numpy as np
 import pytest
 
 import twins
+from deploy.description import world_options
 from robot_bridge.driver import make_driver
 from robot_bridge.protocol import Job, differences, features_of, make_job
+from twinrl.core.errors import ConfigError
 from twinrl.core.segment import Schema
 from twinrl.env import PRIVILEGED, STATE
 from twins import rotation
 from twins.observe import STATE_NAMES, Poses
-from twins.randomise import POSE_NOISE, STANDIN
+from twins.randomise import (
+    CAMERA_SHIFT,
+    FRICTION,
+    LIGHT,
+    MASS,
+    MAX_LATENCY,
+    POSE_NOISE,
+    SERVO,
+    STANDIN,
+    nominal_of,
+)
 from twins.tasks import make_task
 
 OWN = len(STATE_NAMES)
@@ -179,3 +191,29 @@ def test_poses_on_a_device_are_those_of_the_cpu(observe):
     np.testing.assert_allclose(one.states, two.states, atol=1e-3)
     np.testing.assert_allclose(one.observation[STATE], one.states[:, -1])
     ours.close(), theirs.close()
+
+
+def test_realities_lie_in_the_randomised_range_and_are_always_the_same():
+    """Each number is a stand-in of its own, fixed for all of its episodes; wrong names say what there is."""
+    first, other = (nominal_of(f"reality-{number}") for number in (1, 2))
+    assert nominal_of("reality-1") == first != other and set(first) == set(STANDIN)
+    for number in range(40):
+        found = nominal_of(f"reality-{number}")
+        assert found["latency"] in range(MAX_LATENCY + 1)
+        for name, (low, high) in {"friction": FRICTION, "mass": MASS, "servo": SERVO}.items():
+            assert low <= found[name] <= high
+        assert LIGHT[0] <= found["light"] <= LIGHT[1] and 0 <= found["pose_noise"] <= POSE_NOISE
+        for name, shift in CAMERA_SHIFT.items():
+            assert np.linalg.norm(found["cameras"][name][:3]) <= shift
+        assert np.abs(found["thing_colours"]).max() <= 0.03
+    env = make(3, observe="state", variant="reality-1")
+    env.reset(seed=0)
+    draws = [configuration["draw"] for configuration in env.configurations()]
+    assert all(draw["mass"] == pytest.approx(first["mass"]) for draw in draws)
+    assert all(draw["latency"] == first["latency"] for draw in draws)
+    env.close()
+    with pytest.raises(ValueError, match="reality-NUMBER"):
+        make(variant="reality-x")
+    assert world_options("real-7") == {"variant": "reality-7"}
+    with pytest.raises(ConfigError, match="unknown world 'reel'"):
+        world_options("reel")

@@ -276,7 +276,9 @@ class EvaluationConfig(Section):
     """Evaluation: the same resets after every stage."""
 
     episodes: int = Field(200, ge=1, description="resets in each region and world")
-    worlds: tuple[str, ...] = Field(("twin", "real"), description="twin, real (the stand-in)")
+    worlds: tuple[str, ...] = Field(
+        ("twin", "real"), description="twin, real (the stand-in), real-N (other realities)"
+    )
     seed: int = Field(777_000, description="draws the resets; disjoint from training")
 
 

@@ -39,7 +39,8 @@ def make_env(
 ) -> Env:
     """`num_envs` environments of `task` in the simulator `backend`.
 
-    `variant` is "twin" or "standin" (a stand-in for the real robot: other physics, delay, cameras and light);
+    `variant` is "twin", "standin" (a stand-in for the real robot: other physics, delay, cameras and light), or
+    "reality-N", the N-th of many such, drawn from the full randomisation's ranges;
     `randomisation` is "none", "full", or the scale of each change (`twins.randomise.CHANGES`). `reward` gives
     weights to the task's dense terms, beside {"success": 1.0}. `region` is where resets draw from unless they say
     otherwise, one of the task's or of `regions`, {name: {thing: {"x": [low, high], "y": ..., "yaw": ...}}}.

@@ -99,8 +99,7 @@ class TwinEnv(VectorEnv):
         """`make_simulation(task, num_envs, cameras=, image_size=)` gives the simulator; see `twins.make_env`."""
         if num_envs < 1:
             raise ValueError(f"num_envs is {num_envs}, must be at least 1")
-        if variant not in randomise.VARIANTS:
-            raise ValueError(f"variant is {variant!r}, not one of {sorted(randomise.VARIANTS)}")
+        self._nominal = randomise.nominal_of(variant)
         for name in cameras:
             if name not in scene.CAMERAS:
                 raise ValueError(f"unknown camera {name!r}, not one of {scene.CAMERAS}")
@@ -211,7 +210,6 @@ class TwinEnv(VectorEnv):
         rng = np.random.default_rng(seed)
         drawn = ("id", "ood")[rng.integers(2)]  # always, so that one seed means one layout
         region = drawn if region == ALL else region
-        nominal = randomise.VARIANTS[self.variant]
         spread = JOINT_NOISE * self.randomisation["joints"]
         return {
             "task": self.task.name,
@@ -219,7 +217,7 @@ class TwinEnv(VectorEnv):
             "seed": seed,
             **draw(rng, self.task, self.regions[region], self.randomisation["poses"]),
             "joints": (spread * rng.normal(size=kinematics.JOINTS)).tolist(),
-            "draw": randomise.draw(rng, self.randomisation, nominal, self.task.things),
+            "draw": randomise.draw(rng, self.randomisation, self._nominal, self.task.things),
             **draw_errand(rng, self.errands),  # last: the scene must not depend on it
         }
 

@@ -73,7 +73,7 @@ def instructed_scenes(
     states = np.empty((count, env.state_dim), np.float32)
     labels = np.empty((count, env.privileged_dim), np.float32)
     instructions: list[str] = []
-    scales, nominal = randomise.scales(appearance), randomise.VARIANTS[env.variant]
+    scales, nominal = randomise.scales(appearance), randomise.nominal_of(env.variant)
     looks = looks or rng
     for start in range(0, count, copies):
         ids = np.arange(min(copies, count - start))

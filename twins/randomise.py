@@ -83,6 +83,8 @@ STANDIN: dict[str, Any] = {
     "pose_noise": 0.004,
 }
 VARIANTS = {"twin": TWIN, "standin": STANDIN}
+REALITY = "reality-"  # a variant's name: this and a number
+THING_COLOUR = 0.03  # how far a reality's things may be off in each colour channel; no task's range is narrower
 
 
 def scales(
@@ -114,6 +116,23 @@ def _chosen(randomisation: str | dict[str, float]) -> dict[str, float]:
         if not 0.0 <= value <= 1.0:
             raise ValueError(f"randomisation of {name} is {value:g}, must be from 0 to 1")
     return chosen
+
+
+def nominal_of(variant: str) -> dict[str, Any]:
+    """The nominal values of a variant: "twin", "standin", or "reality-N", the N-th of many other stand-ins.
+
+    A reality is a draw from the full ranges, the same whenever it is asked for; within it every episode is alike.
+    """
+    if variant in VARIANTS:
+        return VARIANTS[variant]
+    number = variant[len(REALITY) :]
+    if not variant.startswith(REALITY) or not number.isdigit():
+        raise ValueError(
+            f"variant is {variant!r}, not one of {sorted(VARIANTS)} or {REALITY}NUMBER"
+        )
+    rng = np.random.default_rng([int(number), 31])
+    things = rng.uniform(-THING_COLOUR, THING_COLOUR, (2, 3)).tolist()
+    return {**draw(rng, PRESETS["full"], TWIN), "thing_colours": things}
 
 
 def _nearest(name: str, names: Iterable[str]) -> str:
