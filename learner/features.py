@@ -108,12 +108,14 @@ class FeatureCache:
         """Encode all frames of a stored segment at once: as it comes in, for a fraction of what a few of them at each
         draw would take."""
         columns = segment.columns
-        names = (segment_id << STEP_BITS) + columns["frame_step"].astype(np.int64)
+        # Without cameras every step is seen.
+        frames = columns.get("frame_step", np.arange(len(columns[STATE])))
+        names = (segment_id << STEP_BITS) + frames.astype(np.int64)
         fresh = self._unknown(names)
         if not fresh.any() or len(self._row) + int(fresh.sum()) > self._capacity:
             return
         rows = {image_key(camera): columns[image_key(camera)] for camera in self.policy.cameras}
-        rows[STATE] = columns[STATE][columns["frame_step"]]
+        rows[STATE] = columns[STATE][frames]
         seen = {key: value[fresh] for key, value in rows.items()}
         features = encode(self.policy, seen, segment.header["instruction"])
         self._store(names[fresh], features)
