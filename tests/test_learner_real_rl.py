@@ -1,0 +1,105 @@
+"""Stage 3 against a real replay service: updates are bound to the arm's steps, and it may imitate alone."""
+
+import threading
+
+import numpy as np
+import pytest
+
+from learner.learner import Learner
+from tests.training import POLICY, POSE, STATE, C, Events, Sink
+from twinrl.core.segment import Schema
+from twinrl.core.sockets import wait_until
+
+SCHEMA = Schema(state_dim=STATE, privileged_dim=POSE, cameras=(), image_size=16, chunk=C)
+STEPS = 12
+MIX = {"demo": 0.25, "twin": 0.25, "real": 0.5}
+
+
+def episode(number, source, taken_from=STEPS):
+    """A successful episode; a person takes over at step `taken_from`."""
+    rng = np.random.default_rng(number)
+    state = rng.normal(size=(STEPS + 1, STATE)).astype(np.float32)
+    ends = np.arange(STEPS) == STEPS - 1
+    header = {
+        "source": source,
+        "task": "follow",
+        "instruction": "go",
+        "region": "id",
+        "configuration": {},
+        "episode": f"{source} {number}",
+        "first_step": 0,
+        "last": True,
+    }
+    return header, {
+        "action": (np.tile(state[:-1, :1], (1, 7)) * 0.1).astype("<f4"),
+        "reward": ends.astype("<f4"),
+        "terminated": ends,
+        "truncated": np.zeros(STEPS, bool),
+        "success": ends,
+        "intervention": np.arange(STEPS) >= taken_from,
+        "policy_version": np.full(STEPS, -1 if source == "demo" else 0, "<i8"),
+        "chunk_id": (np.arange(STEPS) // C).astype("<i4"),
+        "timestamp": np.arange(STEPS) / 10,
+        "observation.state": state.astype("<f4"),
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"improvement": "best_of_n", "horizon": 2, "offline_updates": 3, "actor_warmup": 5},
+        {"improvement": "one_step", "offline_updates": 2, "actor_warmup": 5},
+        {"improvement": "none"},
+    ],
+    ids=lambda options: options["improvement"],
+)
+def test_stage_3_makes_the_updates_that_are_due(bench, tmp_path, options):
+    bench.start(schema=SCHEMA)
+    writer = bench.writer(schema=SCHEMA)
+    for number in range(3):
+        writer.write(*episode(number, "demo"))
+        writer.write(*episode(number, "twin"))
+    writer.write(*episode(0, "real"))
+    writer.write(*episode(1, "real", taken_from=8))
+    writer.flush()
+    policy = {**POLICY, "cameras": (), "one_step": True}
+    (tmp_path / "checkpoints").mkdir()
+    learner = Learner(
+        policy_config=policy,
+        instruction="go",
+        checkpoints=tmp_path / "checkpoints",
+        make_reader=bench.reader,
+        make_reporter=lambda name, stats: Events(),
+        sink=Sink(),
+        seed=0,
+    )
+    learner.save("stage2")
+    summary = {}
+    due = options.get("offline_updates", 0) + 2 * STEPS // 2
+
+    def run():
+        summary.update(
+            learner.run(
+                "real_rl",
+                start="stage2",
+                name="stage3",
+                updates_per_step=0.5,
+                publish_every=5,
+                batch_size=16,
+                mix=MIX,
+                options=options,
+            )
+        )
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    wait_until(lambda: learner._updates >= due or not thread.is_alive(), 60, "updates")
+    learner.stop()
+    thread.join(60)
+    assert summary["updates"] == summary["due"] == due
+    assert summary["real_transitions"] == 2 * STEPS
+    imitated = learner._losses["imitation_loss"]
+    assert np.isfinite(imitated) and learner.has("stage3")
+    assert ("critic_loss" in learner._losses) == (options["improvement"] != "none")
+    assert bool(learner.policy.one_step.active) == (options["improvement"] == "one_step")
+    assert (int(learner.policy.candidates) > 1) == (options["improvement"] == "best_of_n")
