@@ -32,8 +32,8 @@ ROOT = Path(__file__).parent.parent
 PEER = ROOT / "benchmarks/peers/sb3"
 FILE = "experiments/results/baselines_{}.json"
 STEPS = {  # environment steps by task: PPO, off-policy
-    "Pendulum-v1": {"ppo": 60_000, "offpolicy": 5_000},
-    "InvertedPendulum-v5": {"ppo": 60_000, "offpolicy": 4_000},
+    "Pendulum-v1": {"ppo": 40_000, "offpolicy": 5_000},
+    "InvertedPendulum-v5": {"ppo": 40_000, "offpolicy": 4_000},
     "Reacher-v5": {"ppo": 60_000, "offpolicy": 5_000},
 }
 MODULES = {"ppo": "experiments.baselines_ppo", "offpolicy": "experiments.baselines_off_policy"}
