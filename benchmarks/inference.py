@@ -47,7 +47,7 @@ class Size(NamedTuple):
     patience: float = 10.0  # s that a round may wait for a quiet moment
 
 
-QUICK = Size(0.7, 3, patience=0.0)
+QUICK = Size(0.7, 3, (2, 10), patience=0.0)
 TINY = Size(0.1, 1, (2,), 4, 0.0)
 GROUPS = ("batch", "single")
 

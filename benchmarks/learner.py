@@ -56,7 +56,7 @@ class Size(NamedTuple):
     model_rounds: int = 3
 
 
-QUICK = Size(1.0, 3, 40, 16, 16, 0.0, model_rounds=1)
+QUICK = Size(0.7, 3, 40, 16, 16, 0.0, model_rounds=1)
 TINY = Size(0.1, 1, 8, 4, 2, 0.0, (("tiny", 4),), 1)
 # Random weights; the trunk is frozen but for LoRA, as pi0's default is.
 PI0: dict[str, Any] = {"name": "pi0", "dtype": "bfloat16", "tokenizer": "hashed"}
