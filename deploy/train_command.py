@@ -265,7 +265,7 @@ def train(
         if algorithm.stage != "offline_pretrain":
             arguments["name"] = algorithm.checkpoint
         summary = learner.run(algorithm.stage, **arguments)
-        finished = learner.has(algorithm.checkpoint)
+        finished = distributed.agree(learner.has(algorithm.checkpoint))
         if rank == 0:
             text = "interrupted; the same command goes on from here"
             if finished:
@@ -280,6 +280,7 @@ def _learner(
     plan: dict[str, Any], folder: TrainFolder, reader: Any, device: str, rank: int
 ) -> Iterator[Any]:
     """A learner of this process, which Ctrl-C asks to end; the second time it ends at once."""
+    from learner import distributed
     from learner.learner import Learner
     from learner.silent import NoSink, silent_reporter
 
@@ -296,7 +297,7 @@ def _learner(
         make_reporter=make_reporter,
         sink=NoSink(),
         seed=plan["seed"],
-        threads=settings["threads"] or os.cpu_count() or 1,
+        threads=settings["threads"] or max(1, (os.cpu_count() or 1) // distributed.size()),
         device=device,
         precision=settings["precision"],
         helper=rank > 0,

@@ -23,6 +23,7 @@ from twinrl.core.errors import TwinRLError
 TIMEOUT = (
     600.0  # s that a rank waits for the others: an evaluation or a checkpoint of rank 0 lies within
 )
+JOIN_SECONDS = 180.0  # that the ranks have to find one another
 BUCKET = 1 << 24  # numbers in one reduction: 64 MB of float32
 
 
@@ -40,7 +41,7 @@ def rank() -> int:
 def joined(
     address: str, rank: int, size: int, device: str = "cpu", timeout: float = TIMEOUT
 ) -> Iterator[None]:
-    """Be rank `rank` of `size` while this lasts; rank 0 listens at `address` (tcp://host:port).
+    """Be rank `rank` of `size` while this lasts; rank 0 listens at `address` (tcp://host:port), env:// is torchrun's.
 
     gloo where `device` is the CPU, NCCL on GPUs. A rank that dies ends the others with an error, at once where its
     connections break, and after `timeout` seconds otherwise.
@@ -49,9 +50,14 @@ def joined(
         yield
         return
     try:
+        # The others have less time to come than a rank has for its work.
+        meeting = torch_distributed.rendezvous(
+            address, rank, size, timeout=timedelta(seconds=min(timeout, JOIN_SECONDS))
+        )
+        store, rank, size = next(iter(meeting))
         torch_distributed.init_process_group(
             "nccl" if device.startswith("cuda") else "gloo",
-            init_method=address,
+            store=store,
             rank=rank,
             world_size=size,
             timeout=timedelta(seconds=timeout),
@@ -73,15 +79,14 @@ def joined(
 
 
 def environment() -> tuple[str, int, int] | None:
-    """(address, rank, size) as torchrun tells them in the environment; None without."""
+    """("env://", rank, size) where torchrun, or whoever does as it does, has set the environment; None without."""
     if "WORLD_SIZE" not in os.environ:
         return None
     names = ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE")
     missing = [name for name in names if name not in os.environ]
     if missing:
         raise TwinRLError(f"WORLD_SIZE is set, but not {', '.join(missing)}: start with torchrun")
-    host, port, own, count = (os.environ[name] for name in names)
-    return f"tcp://{host}:{port}", int(own), int(count)
+    return "env://", int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def share(rows: Any) -> Any:

@@ -144,8 +144,13 @@ class Learner:
         return self._stop.is_set()
 
     def goes_on(self) -> bool:
-        """Nobody asked the stage to end; with several ranks rank 0 decides, and all must ask."""
-        return distributed.agree(not self.stopping)
+        """Nobody asked the stage to end; holds here while paused. With several ranks rank 0 decides, and all must ask."""
+        while True:
+            wish = "end" if self.stopping else "hold" if self._paused.is_set() else "go on"
+            wish = distributed.agree(wish)
+            if wish != "hold":
+                return wish == "go on"
+            time.sleep(0.1)
 
     def autocast(self) -> torch.autocast:
         """Context in which a supervised loss is computed in the learner's precision."""
@@ -165,7 +170,8 @@ class Learner:
         for key, value in metrics.items():
             if value == value:  # not a number that does not exist
                 self._losses[key] = float(value)
-        while self._paused.is_set() and not self.stopping:
+        # Several ranks hold together, in `goes_on`: none may wait for the others for as long as a pause lasts.
+        while self._paused.is_set() and not self.stopping and distributed.size() == 1:
             time.sleep(0.1)
 
     def publish(self) -> int:

@@ -256,4 +256,4 @@ def test_torchruns_environment_is_read_whole(monkeypatch):
         distributed.environment()
     for name, value in (("MASTER_ADDR", "h"), ("MASTER_PORT", "5"), ("RANK", "1")):
         monkeypatch.setenv(name, value)
-    assert distributed.environment() == ("tcp://h:5", 1, 2)
+    assert distributed.environment() == ("env://", 1, 2)
