@@ -117,7 +117,7 @@ def measured(row: Row, seeds: list[int], out: Path) -> dict[str, Any]:
     found = [outcomes(folder, row.stage) for folder in folders]
     reports = [json.loads((folder / "report.json").read_text())["figures"] for folder in folders]
     states = [RunFolder(folder).state() for folder in folders]
-    cells = [cell for cell in CELLS if all(cell in each for each in found)]
+    cells = [cell for cell in found[0] if all(cell in each for each in found)]
     return {
         "successes": {c: np.array([each[c]["successes"] for each in found], bool) for c in cells},
         "placements": {c: [each[c]["placements"] for each in found] for c in cells},
@@ -154,6 +154,11 @@ def both_regions(result: dict[str, Any], world: str) -> np.ndarray | None:
     return None if any(part is None for part in parts) else np.concatenate(parts, axis=1)
 
 
+def key_of(row: str, world: str, region: str) -> str:
+    """A figure's name: ROW_id and ROW_ood of the twin, ROW_real_id, ROW_real_1_ood of realities."""
+    return f"{row}_{region}" if world == "twin" else f"{row}_{world.replace('-', '_')}_{region}"
+
+
 def rate(success: np.ndarray) -> Interval:
     """Success of (seeds, resets) with the wider of two intervals: a cluster bootstrap's, and Wilson's, which has a width
     also where all or none succeed."""
@@ -171,11 +176,10 @@ def summarise(results: dict[str, dict[str, Any]]) -> dict[str, float]:
 
     for name, result in results.items():
         for (world, region), success in result["successes"].items():
-            key = f"{name}_{region}" if world == "twin" else f"{name}_{world}_{region}"
-            put(key, rate(success))
-        real = both_regions(result, "real")
-        if real is not None:
-            put(f"{name}_real", rate(real))
+            put(key_of(name, world, region), rate(success))
+        real = [s for (world, _), s in result["successes"].items() if world != "twin"]
+        if real:  # all realities, ID and OOD
+            put(f"{name}_real", rate(np.concatenate(real, axis=1)))
         figures[f"{name}_core_s"] = float(np.median(result["core_s"]))
     for key, ours, theirs, world in GAINS:
         if ours in results and theirs in results:
@@ -188,17 +192,11 @@ def summarise(results: dict[str, dict[str, Any]]) -> dict[str, float]:
 def table(rows: list[Row], results: dict[str, dict[str, Any]], figures: dict[str, float]) -> str:
     """Success in % with 95 % intervals, what it cost, and what was privileged."""
     head = ["", *(f"{world} {region.upper()}" for world, region in CELLS)]
-    lines = [[*head, "twin steps", "core-s", "privileged"]]
+    lines = [[*head, "all real", "twin steps", "core-s", "privileged"]]
     for row in rows:
-        result, line = results[row.name], [row.text]
-        for world, region in CELLS:
-            key = f"{row.name}_{region}" if world == "twin" else f"{row.name}_{world}_{region}"
-            line.append(
-                f"{100 * figures[key]:.0f} [{100 * figures[f'{key}_low']:.0f}, "
-                f"{100 * figures[f'{key}_high']:.0f}]"
-                if key in figures
-                else "-"
-            )
+        result = results[row.name]
+        keys = (*(key_of(row.name, *cell) for cell in CELLS), f"{row.name}_real")
+        line = [row.text, *(_percent(figures, key) for key in keys)]
         steps = int(np.median(result["twin_steps"]))
         line += [f"{steps:,}", f"{np.median(result['core_s']):.0f}", row.privileged]
         lines.append(line)
@@ -207,8 +205,9 @@ def table(rows: list[Row], results: dict[str, dict[str, Any]], figures: dict[str
     some = results[rows[0].name]["successes"]
     seeds, resets = next(iter(some.values())).shape
     text.append(
-        f"success in % [95 %], {seeds} seeds, the same {resets} resets a cell in every row and seed; "
-        "real = the simulated stand-in arm, which lies inside the randomised range; core-s of the whole run"
+        f"success in % [95 %], {seeds} seeds, the same {resets} resets a cell in every row and seed; real = the "
+        "simulated stand-in arm; all real = it and other realities, ID and OOD, all inside the randomised range; "
+        "core-s of the whole run"
     )
     for key, *_ in GAINS:
         if key in figures:
@@ -217,6 +216,13 @@ def table(rows: list[Row], results: dict[str, dict[str, Any]], figures: dict[str
                 f"{key}: {100 * figures[key]:+.1f} points [{100 * low:+.1f}, {100 * high:+.1f}]"
             )
     return "\n".join(text)
+
+
+def _percent(figures: dict[str, float], key: str) -> str:
+    if key not in figures:
+        return "-"
+    value, low, high = (100 * figures[f"{key}{end}"] for end in ("", "_low", "_high"))
+    return f"{value:.0f} [{low:.0f}, {high:.0f}]"
 
 
 def plot(rows: list[Row], figures: dict[str, float], path: Path) -> None:
@@ -230,7 +236,7 @@ def plot(rows: list[Row], figures: dict[str, float], path: Path) -> None:
             (-0.15, 0.15), (("id", "tab:blue"), ("ood", "tab:orange")), strict=True
         ):
             for i, row in enumerate(rows):
-                key = f"{row.name}_{region}" if world == "twin" else f"{row.name}_real_{region}"
+                key = key_of(row.name, world, region)
                 if key in figures:
                     value = figures[key]
                     reach = [[value - figures[f"{key}_low"]], [figures[f"{key}_high"] - value]]

@@ -111,7 +111,8 @@ STATE_ROWS = (
     ),
 )
 
-IMAGE_JOBS = (Job("image", IMAGE_CONFIG, NO_ARM),)
+WORLDS = "evaluation.worlds=[twin, real, real-1, real-2, real-3]"
+IMAGE_JOBS = (Job("image", IMAGE_CONFIG, (WORLDS, *NO_ARM)),)
 LABELS = "encoder: twin labels"
 IMAGE_ROWS = (
     Row("image_sft", "SFT, 30 ID demonstrations", "image", "sft", LABELS),

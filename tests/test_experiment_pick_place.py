@@ -11,7 +11,7 @@ from experiments.pick_place_rows import PLANS, STATE_JOBS, STATE_ROWS, Job, chos
 from experiments.statistics import clustered, paired
 from twinrl.config import load_config
 
-CELLS = pick_place.CELLS
+CELLS = (*pick_place.CELLS, ("real-1", "id"))
 
 
 def names(jobs):
@@ -156,7 +156,7 @@ def test_what_is_said_of_the_results(tmp_path):
     """Rates of each cell, the mean of the arm's two, paired gains, costs; a picture; other resets are refused."""
     rows = chosen(STATE_ROWS, ["stage1", "ppoflow"])
     for seed in (0, 1):
-        worse = {cell: [1, 0] * 50 for cell in CELLS}
+        worse = {cell: [1, 0] * 50 for cell in CELLS} | {("real-1", "id"): [1] * 100}
         better = {cell: [1, 1, 1, 0] * 25 for cell in CELLS}
         make_run(tmp_path / f"start-{seed}", worse)
         make_run(tmp_path / f"ppoflow-{seed}", better, stage="stage2", transitions=5000 + seed)
@@ -164,7 +164,9 @@ def test_what_is_said_of_the_results(tmp_path):
     pick_place.check_resets(results)
     figures = pick_place.summarise(results)
     assert figures["stage1_id"] == 0.5 and figures["ppoflow_ood"] == 0.75
+    assert figures["stage1_real"] == pytest.approx(2 / 3) and figures["stage1_real_1_id"] == 1.0
     assert figures["ppoflow_real"] == 0.75 and figures["ppoflow_real_id"] == 0.75
+    assert pick_place.key_of("image", "real-2", "ood") == "image_real_2_ood"
     assert figures["ppoflow_id_low"] < 0.75 < figures["ppoflow_id_high"]
     assert figures["ppoflow_vs_stage1"] == 0.25 and figures["ppoflow_vs_stage1_low"] > 0.1
     assert results["ppoflow"]["twin_steps"] == [5000, 5001] and results["stage1"]["twin_steps"] == [
