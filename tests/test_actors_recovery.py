@@ -142,7 +142,10 @@ def test_a_killed_simulator_costs_its_unfinished_segments_and_the_actor_goes_on(
 class Failing:
     """An environment whose simulation fails the first `times` times in the episode that starts from `n` = 1."""
 
-    num_envs, instruction = 2, "hold"
+    num_envs = 2
+
+    def instructions(self):
+        return ["hold"] * self.num_envs
 
     def __init__(self, times):
         self._env = twins.make_env(num_envs=2, render=False, max_steps=C)
