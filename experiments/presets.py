@@ -1,6 +1,6 @@
 """Forms of the default policy, from keypoints and an MLP to transformers: size, speed, and what SFT makes of them.
 
-    python -m experiments.presets [--quick] [--forms NAME ...] [--seed N] [--episodes N] [--json FILE]
+    python -m experiments.presets [--quick] [--speed] [--forms NAME ...] [--seed N] [--episodes N] [--json FILE]
 
 | form | trunk | expert |
 | --- | --- | --- |
@@ -11,7 +11,8 @@
 | tiny-patches | transformer over patches of 8 x 8 pixels | as tiny-transformer |
 
 All get the same labelled scenes, demonstrations of the stand-in arm and re-targeted twin episodes, and are evaluated on the
-same resets. One thread; seconds are of a core, milliseconds the median of several batches. Privileged: pose labels of twins.
+same resets. One thread; seconds and milliseconds are of a core, the latter the least of several turns, in which the forms take part
+one after the other. `--speed` trains nothing. Privileged: pose labels of twins.
 """
 
 from __future__ import annotations
@@ -26,14 +27,13 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from experiments.stages import CELLS, QUICK, SETTINGS, Stages
-from learner.dataset import windows
-from learner.features import encode
+from experiments.stages import QUICK, SETTINGS, Stages
+from policies.policy import Policy
 from policies.presets import resolve
 from policies.registry import make_policy
+from twinrl.env import STATE, image_key
 
 TRANSFORMER: dict[str, Any] = {
     "trunk": "transformer",
@@ -51,8 +51,9 @@ FORMS: dict[str, dict[str, Any]] = {
     "tiny-patches": {"preset": "tiny", **TRANSFORMER, "stem": "patches", "patch": 8, "width": 16},
 }
 RATES = {"tiny": 4e-3, "tiny-trunk": 2e-3}  # of pretraining; the others' is that of tiny-trunk
+INSTRUCTION = "put the banana into the basket"
 ROWS = 128  # of a timed batch
-BATCHES = 15
+TURNS = 5
 
 
 class Forms(Stages):
@@ -71,74 +72,109 @@ class Forms(Stages):
     def measure(self, form: str) -> dict[str, Any]:
         """Train and evaluate one form -> its row."""
         torch.manual_seed(self.seed)
-        self.policy = make_policy(
-            {**self._described, **resolve(FORMS[form]), **self.settings["policy"]}
-        )
+        self.policy = describe(form, self._described)
         self.core_seconds = {}
         self.settings["pretrain"]["learning_rate"] = RATES.get(form, RATES["tiny-trunk"])
         self.pretrain()
         self.sft("sft", self.demonstrations + self.expansion)
         self.evaluate(form)
-        critic = sum(p.numel() for p in self.policy.critic.parameters())
         row = {
             "form": form,
-            "parameters": sum(p.numel() for p in self.policy.parameters()) - critic,
-            "critic_parameters": critic,
-            **self._speed(),
+            **sizes(self.policy),
+            **speeds({form: self.policy})[form],
             **{f"{part}_s": self.core_seconds[part] for part in ("pretrain", "sft")},
             **{cell: float(outcome.mean()) for cell, outcome in self.outcomes[form].items()},
         }
         self.report(row)
         return row
 
-    @torch.no_grad()
-    def _speed(self) -> dict[str, float]:
-        """Core-milliseconds of ROWS observations: encoding, the prefix's cache, and one evaluation of the field."""
-        policy, data = self.policy, windows(self.demonstrations, self.policy.chunk)
-        seen = {key: value[:ROWS] for key, value in data.observation.items()}
-        features = encode(policy, seen, self.instruction)
-        condition = policy.flow.condition(features)
-        x, t = torch.randn(len(features), 1, policy.flow.dim), torch.rand(len(features), 1, 1)
-        return {
-            "encode_ms": _milliseconds(lambda: encode(policy, seen, self.instruction)),
-            "cache_ms": _milliseconds(lambda: policy.flow.condition(features)),
-            "field_ms": _milliseconds(lambda: policy.flow.field(condition, x, t)),
-        }
+
+def describe(form: str, described: dict[str, Any]) -> Policy:
+    """A fresh policy of the form."""
+    return make_policy({**described, **resolve(FORMS[form]), "integration_steps": 2})
 
 
-def _milliseconds(work: Callable[[], Any]) -> float:
-    """Median core-milliseconds of `work`, which is warmed up."""
-    work()
-    spent = []
-    for _ in range(BATCHES):
-        began = time.process_time()
-        work()
-        spent.append(1e3 * (time.process_time() - began))
-    return float(np.median(spent))
+def sizes(policy: Policy) -> dict[str, float]:
+    """Parameters without the critics, and the critics' own."""
+    critic = sum(p.numel() for p in policy.critic.parameters())
+    return {
+        "parameters": sum(p.numel() for p in policy.parameters()) - critic,
+        "critic_parameters": critic,
+    }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="tiny data: only shows that it runs")
-    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--episodes", type=int, default=100, help="resets in each cell")
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+def speeds(policies: dict[str, Policy]) -> dict[str, dict[str, float]]:
+    """Least core-milliseconds of each form: encoding ROWS random observations, an evaluation of the field on a cached
+    prefix, an update of pretraining (ROWS scenes) and of SFT (2 ROWS kept features, two draws)."""
+    generator = torch.Generator().manual_seed(0)
+    least: dict[str, dict[str, float]] = {form: {} for form in policies}
+    for _ in range(TURNS):
+        for form, policy in policies.items():
+            for name, work in _work(policy, generator).items():
+                began = time.process_time()
+                work()
+                spent = 1e3 * (time.process_time() - began)
+                least[form][name] = min(spent, least[form].get(name, spent))
+    return least
+
+
+def _work(policy: Policy, generator: torch.Generator) -> dict[str, Callable[[], Any]]:
+    size = (ROWS, 64, 64, 3)
+    seen = {
+        image_key(name): torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+        for name in policy.cameras
+    }
+    seen[STATE] = torch.randn(ROWS, len(policy.state_normaliser.centre), generator=generator)
+    with torch.no_grad():
+        features = policy.encode(seen, INSTRUCTION).repeat(2, *[1] * len(policy.feature_shape))
+        condition = policy.flow.condition(features[:ROWS])
+    x, t = torch.randn(2 * ROWS, policy.flow.dim), torch.rand(ROWS, 1, 1)
+
+    def pretrain() -> None:
+        policy.predict_pose(policy.encode(seen, INSTRUCTION)).square().mean().backward()
+
+    return {
+        "encode_ms": torch.no_grad()(lambda: policy.encode(seen, INSTRUCTION)),
+        "field_ms": torch.no_grad()(lambda: policy.flow.field(condition, x[:ROWS, None], t)),
+        "pretrain_update_ms": pretrain,
+        "sft_update_ms": lambda: (
+            policy.flow.matching_loss(features, x, torch.ones_like(x), 2).mean().backward()
+        ),
+    }
+
+
+def speed_rows(forms: list[str]) -> list[dict[str, Any]]:
+    """Size and speed of untrained policies."""
+    described = {"state_dim": 27, "pose_dim": 14, "cameras": ("side", "wrist")}
+    policies = {form: describe(form, described) for form in forms}
+    found = speeds(policies)
+    return [{"form": form, **sizes(policies[form]), **found[form]} for form in forms]
+
+
+def trained_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Each form trained and evaluated."""
     settings = deepcopy(SETTINGS)
     if arguments.quick:
         arguments.episodes = min(arguments.episodes, 4)
         for section, values in QUICK.items():
             settings[section] |= values
     forms = Forms(settings, arguments.seed, arguments.episodes)
-    rows = [forms.measure(form) for form in arguments.forms]
-    print(f"{'form':18}{'params':>9}{'encode ms':>11}{'field ms':>10}{'SFT s':>8}", *CELLS)
+    return [forms.measure(form) for form in arguments.forms]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny data: only shows that it runs")
+    parser.add_argument("--speed", action="store_true", help="size and speed alone, untrained")
+    parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--episodes", type=int, default=100, help="resets in each cell")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    rows = speed_rows(arguments.forms) if arguments.speed else trained_rows(arguments)
     for row in rows:
-        print(
-            f"{row['form']:18}{row['parameters']:9d}{row['encode_ms']:11.1f}{row['field_ms']:10.2f}{row['sft_s']:8.1f}",
-            *(f"{row[f'{variant}/{region}']:.2f}" for variant, region in CELLS),
-        )
+        print(*(f"{key}={value:.4g}" if key != "form" else value for key, value in row.items()))
     if arguments.json:
         figures = {
             f"{row['form'].replace('-', '_')}_{key.replace('/', '_')}": value
