@@ -377,7 +377,8 @@ def _device(plan: dict[str, Any], rank: int) -> str:
     name = plan["learner"]["device"]
     if name not in ("auto", "cuda") or not torch.cuda.is_available():
         return name if name != "auto" else "cpu"
-    return f"cuda:{rank % torch.cuda.device_count()}"
+    own = int(os.environ.get("LOCAL_RANK", rank))  # of torchrun: the rank on this host
+    return f"cuda:{own % torch.cuda.device_count()}"
 
 
 def _short(value: Any) -> str:

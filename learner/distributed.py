@@ -49,6 +49,8 @@ def joined(
     if size == 1:
         yield
         return
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)  # where NCCL and `agree` work
     try:
         # The others have less time to come than a rank has for its work.
         meeting = torch_distributed.rendezvous(
