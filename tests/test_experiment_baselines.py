@@ -45,14 +45,21 @@ def test_the_collectors_segments_are_the_environments_own_steps():
     assert not joined.chained[70]  # another episode
 
 
-def test_training_counts_its_steps_and_repeats_itself():
-    runs = [train("Pendulum-v1", 3, 1200, envs=4, chunks=64, epochs=1) for _ in range(2)]
-    assert runs[0]["returns"] == runs[1]["returns"] and len(runs[0]["returns"]) == 50
-    assert runs[0]["curve"][-1][0] >= 1200
+@pytest.fixture
+def few_episodes(monkeypatch):
+    """Evaluation in a moment."""
+    monkeypatch.setattr("experiments.learning_curve.EPISODES", 2)
+    monkeypatch.setattr("experiments.learning_curve.FINAL_EPISODES", 4)
+
+
+def test_training_counts_its_steps_and_repeats_itself(few_episodes):
+    runs = [train("Pendulum-v1", 3, 600, envs=4, chunks=64, epochs=1) for _ in range(2)]
+    assert runs[0]["returns"] == runs[1]["returns"] and len(runs[0]["returns"]) == 4
+    assert runs[0]["curve"][-1][0] >= 600
     assert np.isfinite(runs[0]["returns"]).all()
 
 
-def test_a_curve_leaves_evaluation_out_of_its_seconds():
+def test_a_curve_leaves_evaluation_out_of_its_seconds(few_episodes):
     """Measuring an expensive policy costs no training time."""
     curve = LearningCurve("Pendulum-v1", 100, points=2)
 
@@ -65,7 +72,7 @@ def test_a_curve_leaves_evaluation_out_of_its_seconds():
     result = curve.result(act)
     assert [row[0] for row in result["curve"]] == [50, 100]
     assert result["seconds"] < 0.2
-    np.testing.assert_array_equal(play("Pendulum-v1", act, 12), result["returns"][:12])
+    np.testing.assert_array_equal(play("Pendulum-v1", act, 3), result["returns"][:3])
 
 
 def test_scores_are_normalised_task_by_task():
