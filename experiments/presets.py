@@ -183,7 +183,8 @@ def main() -> None:
             if key != "form"
         }
         machine = {"processor": platform.processor(), "python": platform.python_version()}
-        command = "python -m experiments.presets " + " ".join(sys.argv[1:])
+        asked = [a for a in sys.argv[1:] if a not in ("--json", str(arguments.json))]
+        command = "python -m experiments.presets " + " ".join(asked)
         arguments.json.write_text(
             json.dumps(
                 {"machine": machine, "command": command, "figures": figures, "rows": rows}, indent=1
