@@ -17,6 +17,7 @@ from torch.nn import functional
 from learner import distributed
 from learner.optimiser import Optimiser, one_cycle
 from policies.vla import VLA
+from policies.weights import published
 from twinrl.env import STATE, image_key
 
 
@@ -50,7 +51,7 @@ class Pretrain:
         self.policy, self.config = policy, config
         self.instruction = instruction if isinstance(instruction, str) else np.array(instruction)
         self.step = 0
-        distributed.broadcast(policy.state_dict().values())
+        distributed.broadcast(published(policy).values())
         self.labels = torch.as_tensor(labels, dtype=torch.float32)
         keys = (STATE, *map(image_key, policy.cameras))
         self.observation = {key: torch.as_tensor(observation[key]) for key in keys}

@@ -24,6 +24,7 @@ from learner.optimiser import Optimiser, warm_cosine
 from learner.overfitting import Overfitting
 from policies.flow import FlowExpert
 from policies.policy import Policy
+from policies.weights import published
 
 FEATURE_MEMORY = (
     8 << 30
@@ -167,7 +168,7 @@ class SFT:
     def __init__(self, policy: Policy, config: SFTConfig, windows: Windows, seed: int = 0) -> None:
         """Fits the policy's view of the state to `windows`; its actions' scale is the caller's (fit_actions)."""
         self.policy, self.config, self.step = policy, config, 0
-        distributed.broadcast(policy.state_dict().values())
+        distributed.broadcast(published(policy).values())
         apart = (
             held_out(windows.episode, config.validation) if windows.episode else np.zeros(0, bool)
         )
