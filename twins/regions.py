@@ -13,6 +13,7 @@ from twins.tasks.task import Box, Task
 ALL = "all"  # ID or OOD, with equal chance
 TABLE = Box((0.25, 0.8), (-0.45, 0.45), (-np.pi, np.pi))  # m, what the arm reaches; rad
 TRIES = 1000
+WIDER = 0.25  # of a box, where shrunk ones leave no room
 
 Regions = dict[str, dict[str, Box]]
 
@@ -77,16 +78,25 @@ def draw(
 ) -> dict[str, list[float]]:
     """{thing: [x, y, yaw] in m and rad}, each uniform in its box, drawn again until they fit together.
 
-    `scale` shrinks the boxes around their centres: at 0 every thing is at the centre of its own.
+    `scale` shrinks the boxes around their centres: at 0 every thing is at the centre of its own. Where they do not fit
+    together so, the boxes are widened again until they do; at 0 in the same way in every episode.
     """
-    for _ in range(TRIES):
-        placement = {
-            thing: [float(rng.uniform(*_shrunk(span, scale))) for span in box]
-            for thing, box in region.items()
-        }
-        if task.fits(placement):
-            return placement
-    raise ValueError(f"{task.name}: {TRIES} draws found no room for {', '.join(region)} together")
+    still = scale == 0.0
+    room, tries = scale, 1 if still else TRIES  # at their centres things fit or do not
+    while True:
+        source = np.random.default_rng(0) if still and room > scale else rng
+        for _ in range(tries):
+            placement = {
+                thing: [float(source.uniform(*_shrunk(span, room))) for span in box]
+                for thing, box in region.items()
+            }
+            if task.fits(placement):
+                return placement
+        if room >= 1.0:
+            raise ValueError(
+                f"{task.name}: {TRIES} draws found no room for {', '.join(region)} together"
+            )
+        room, tries = min(room + WIDER, 1.0), TRIES
 
 
 def _shrunk(span: tuple[float, float], scale: float) -> tuple[float, float]:
