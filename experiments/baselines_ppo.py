@@ -54,7 +54,11 @@ COMMON: dict[str, Any] = {
 
 
 class Collector:
-    """Plays `envs` copies of a task, one action a chunk, and makes segments of what happened."""
+    """Plays `envs` copies of a task, one action a chunk, and makes segments of what happened.
+
+    First episodes are cut short at different times, so that an iteration sees all parts of an episode: copies that go
+    through the same part together make every iteration another task.
+    """
 
     def __init__(self, env_id: str, envs: int, seed: int) -> None:
         self.envs: VectorEnv = gymnasium.make_vec(
@@ -67,6 +71,10 @@ class Collector:
         self._observation = observation.astype(np.float32)
         self._episode = np.arange(envs)
         self._steps = np.zeros(envs, int)  # of the present episodes
+        limit = self.envs.spec.max_episode_steps
+        self._cut_at = (
+            np.arange(1, envs + 1) * limit // envs
+        )  # steps of all; an episode of each ends
         self.played = 0  # environment steps
 
     def random_play(self, steps: int, seed: int) -> np.ndarray:
@@ -110,8 +118,12 @@ class Collector:
             after = observation.copy()
             for i in np.flatnonzero(done):
                 after[i] = info["final_obs"][i]
-        self._observation = observation
         self.played += len(done)
+        cut = (self._cut_at == self.played // len(done)) & ~done
+        if cut.any():
+            observation = self.envs.reset(options={"reset_mask": cut})[0].astype(np.float32)
+            truncated, done = truncated | cut, done | cut
+        self._observation = observation
         self._steps = np.where(done, 0, self._steps + 1)
         self._episode = np.where(done, self._episode + len(done), self._episode)
         return {
