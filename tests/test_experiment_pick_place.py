@@ -210,4 +210,7 @@ def test_two_real_jobs_the_second_on_from_the_first(tmp_path, capfd):
     second = RunFolder.open(tmp_path / "ppoflow-0").state()
     assert first["evaluation_starts"] == second["evaluation_starts"]
     assert first["summaries"]["stage1"] == second["summaries"]["stage1"]
+    rows = RunFolder.open(tmp_path / "start-0").evaluation_rows()
+    measured = {(row["stage"], row["region"]): row["successes"] for row in rows}
+    assert measured["stage2", "id"] == measured["stage1", "id"]  # no RL: the same weights
     assert "ppoflow_vs_stage1" in capfd.readouterr().out
