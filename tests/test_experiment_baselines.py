@@ -17,32 +17,34 @@ from twinrl.env import STATE
 
 
 def test_the_collectors_segments_are_the_environments_own_steps():
-    """Episodes of 200 steps: cut at their ends, bootstrapped from the last observation before the reset, chained between."""
+    """Cut where episodes end, bootstrapped from the last observation before the reset, chained between; first episodes
+    end at different times."""
     torch.manual_seed(0)
-    collector = Collector("Pendulum-v1", 3, seed=0)
+    collector = Collector("Pendulum-v1", 2, seed=0)
     policy = VLA(
         state_dim=3, pose_dim=0, cameras=(), chunk=1, action_dim=1, integration_steps=1, critics=0
     )
-    policy.fit_begin(collector.random_play(90, seed=0), np.array([-2.0]), np.array([2.0]))
+    policy.fit_begin(collector.random_play(80, seed=0), np.array([-2.0]), np.array([2.0]))
     generator = torch.Generator().manual_seed(0)
     first = collector.collect(policy, generator, 100, version=0)
     second = collector.collect(policy, generator, 100, version=1)
-    assert collector.played == 3 * 29 + 600
-    lengths = [len(segment.columns["reward"]) for segment in second]
-    assert lengths == [71, 29] * 3 and sum(lengths) == 300
-    for segment in second[::2]:
+    assert collector.played == 2 * 39 + 400
+    # The first copy's first episode is cut after 100 steps of 200, the second's ends by itself.
+    assert [len(segment.columns["reward"]) for segment in first] == [61, 39, 100]
+    assert [len(segment.columns["reward"]) for segment in second] == [100, 61, 39]
+    for segment in (first[0], second[1]):
         columns = segment.columns
-        assert columns["truncated"].tolist() == [False] * 70 + [True]
+        assert columns["truncated"].tolist() == [False] * 60 + [True]
         assert not columns["terminated"].any()
-        assert len(columns[STATE]) == 72
+        assert len(columns[STATE]) == 62
         # Angles are continuous up to the last observation; a reset would jump.
         turn = np.diff(np.unwrap(np.arctan2(columns[STATE][:, 1], columns[STATE][:, 0])))
         assert np.abs(turn).max() < 0.45
     data = rollout(first, 0.9)
-    assert data.length.tolist() == [1] * 300 and data.version.tolist() == [0] * 300
-    assert data.chained.sum() == 297
-    joined = rollout([second[0], second[1]], 0.9)
-    assert not joined.chained[70]  # another episode
+    assert data.length.tolist() == [1] * 200 and data.version.tolist() == [0] * 200
+    assert data.chained.sum() == 197
+    assert not data.chained[60]  # another episode
+    assert rollout([first[1], second[0]], 0.9).chained[38]  # the same one goes on
 
 
 @pytest.fixture
