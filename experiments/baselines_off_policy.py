@@ -23,7 +23,7 @@ SETTINGS: dict[str, Any] = {
     "hidden": 128,
     "critics": 4,
     "horizon": 3,  # steps of a return before it bootstraps
-    "span": 50,  # steps of random play whose rewards are one unit of value
+    "span": 10,  # steps of random play whose rewards are one unit of value
     "batch": 128,
     "updates": 1,  # for each step
     "algorithm": {
@@ -32,7 +32,7 @@ SETTINGS: dict[str, Any] = {
         "exploration": 0.2,
         "gamma": 0.98,
         "critic_learning_rate": 1e-3,
-        "one_step_learning_rate": 1e-3,
+        "one_step_learning_rate": 3e-4,
         "tau": 0.01,
         "actor_every": 1,
         "actor_warmup": 300,
