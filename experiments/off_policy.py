@@ -49,7 +49,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "observe": "state",
     },
     "learning": {
-        "updates_per_step": 0.5,
+        "updates_per_step": 1.0,
         "batch": 128,
         "mix": {"demo": 0.25, "twin": 0.25, "real": 0.5},
         "shares": {"demo": 0.25, "real": 0.75},
