@@ -124,6 +124,7 @@ PLANS = {"state": (STATE_JOBS, STATE_ROWS), "images": (IMAGE_JOBS, IMAGE_ROWS)}
 QUICK = (
     *("twins.envs=8", "demonstrations.episodes=6", "expansion.episodes=6", "sft.steps=30"),
     *("twin_rl.steps=600", "twin_rl.round_chunks=4", "evaluation.episodes=8"),
+    *("pretrain.scenes=400", "pretrain.steps=20"),
     *("ray.object_store_mb=200", "evaluation.worlds=[twin]"),
 )
 QUICK_ROWS = ("sft", "stage1", "ppoflow")
