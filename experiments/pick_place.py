@@ -248,7 +248,7 @@ def plot(rows: list[Row], figures: dict[str, float], path: Path) -> None:
         axis.grid(axis="x", alpha=0.3)
     axes[0].set_yticks(range(len(rows)), [row.text for row in rows], fontsize=8)
     axes[0].invert_yaxis()
-    axes[0].legend(loc="lower left", fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 

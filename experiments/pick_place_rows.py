@@ -54,7 +54,7 @@ STATE_JOBS = (
         (
             "expansion.teacher=expert",
             "expansion.episodes=1500",
-            "sft.steps=12000",
+            "sft.steps=25000",
             NO_TWIN_RL,
             *NO_ARM,
         ),
@@ -79,7 +79,7 @@ STATE_JOBS = (
 POSES = "poses (noisy)"  # instead of images
 STATE_ROWS = (
     Row("sft", "SFT, 30 ID demonstrations", "start", "sft", POSES),
-    Row("stage1", "+ 10 re-targeted", "start", "stage1", POSES),
+    Row("stage1", "+ re-targeted expansion", "start", "stage1", POSES),
     Row("ppoflow", "+ PPOFlow, K = 4", "ppoflow", "stage2", f"{POSES}; critic: true state"),
     Row(
         "no_randomisation",
@@ -93,13 +93,13 @@ STATE_ROWS = (
     Row("k10", "+ PPOFlow, K = 10", "k10", "stage2", f"{POSES}; critic: true state"),
     Row(
         "expert",
-        "expert cloned all over the table, equal core-seconds",
+        "expert cloned everywhere, similar core-s",
         "expert",
         "stage1",
         f"{POSES}; expert in OOD",
     ),
     Row("relative_sft", "SFT, features from the hand", "relative", "sft", POSES),
-    Row("relative", "+ 10 re-targeted", "relative", "stage1", POSES),
+    Row("relative", "+ re-targeted expansion", "relative", "stage1", POSES),
     Row("clone", "SFT + clone of off-policy's takeovers", "clone", "stage3", f"{POSES}; operator"),
     Row("dagger", "SFT + HG-DAgger, 40 takeovers", "dagger", "stage3", f"{POSES}; operator"),
     Row(
@@ -116,7 +116,7 @@ IMAGE_JOBS = (Job("image", IMAGE_CONFIG, (WORLDS, *NO_ARM)),)
 LABELS = "encoder: twin labels"
 IMAGE_ROWS = (
     Row("image_sft", "SFT, 30 ID demonstrations", "image", "sft", LABELS),
-    Row("image_stage1", "+ 60 re-targeted", "image", "stage1", LABELS),
+    Row("image_stage1", "+ re-targeted expansion", "image", "stage1", LABELS),
     Row("image", "+ PPOFlow", "image", "stage2", f"{LABELS}; critic: true state"),
 )
 PLANS = {"state": (STATE_JOBS, STATE_ROWS), "images": (IMAGE_JOBS, IMAGE_ROWS)}
