@@ -46,10 +46,10 @@ TASK = "follow-instruction"
 SETTINGS: dict[str, dict[str, Any]] = {
     "task": {"observe": "images"},  # or state: poses instead of pictures, and no encoder to train
     "policy": {"integration_steps": 4, "critics": 0},
-    "scenes": {"count": 8000},
-    "pretrain": {"steps": 1200},
-    "demonstrations": {"episodes": 200, "noise": 0.2},
-    "sft": {"steps": 1200},
+    "scenes": {"count": 12_000},
+    "pretrain": {"steps": 3000},
+    "demonstrations": {"episodes": 300, "noise": 0.2},
+    "sft": {"steps": 3000},
 }
 QUICK: dict[str, dict[str, Any]] = {
     "scenes": {"count": 192},
@@ -88,7 +88,15 @@ class Language:
         """Learn and evaluate; a row for each cell."""
         self.scenes = self.render() if self.sees else None
         self.demonstrations = self.demonstrate()
-        reads = Runner(self.learn("words"), 0)
+        cells = self.cells()
+        reads = self.learn("words")
+        for cell in ("success", "paraphrase", "combination", "swapped"):
+            self.evaluate(cell, Runner(reads, 0), cells[cell])
+        self.evaluate("chance", Wordless(self.learn("wordless"), 0), cells["success"])
+        return self.rows
+
+    def cells(self) -> dict[str, list[dict[str, Any]]]:
+        """The configurations of each cell; placements are the same in all, and for all seeds."""
         starts = self.starts()
         rng = np.random.default_rng([self.seed, 7])
         names = {errand.name: errand for errand in self.trained}
@@ -98,7 +106,7 @@ class Language:
 
         own = [names[start[ERRAND]] for start in starts]
         others = [rng.choice([e.name for e in self.trained if e != errand]) for errand in own]
-        cells = {
+        changes = {
             "success": [{}] * len(starts),
             "paraphrase": [told(errand, errand.held_out) for errand in own],
             "combination": [told(self.held_out, self.held_out.instructions) for _ in starts],
@@ -106,10 +114,10 @@ class Language:
                 {INSTRUCTION: str(rng.choice(names[name].instructions))} for name in others
             ],
         }
-        for cell, changes in cells.items():
-            self.evaluate(cell, reads, [a | b for a, b in zip(starts, changes, strict=True)])
-        self.evaluate("chance", Wordless(self.learn("wordless"), 0), starts)
-        return self.rows
+        return {
+            cell: [start | change for start, change in zip(starts, each, strict=True)]
+            for cell, each in changes.items()
+        }
 
     def render(self) -> dict[str, Any]:
         """Labelled scenes: what the instruction names, and where that is."""
