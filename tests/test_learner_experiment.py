@@ -43,7 +43,9 @@ def test_replay_returns_the_frames_of_its_windows():
             "frame_step": np.arange(7, dtype=np.int32),
             "observation.images.side": np.tile(frames[:, None, None, None], (1, 2, 2, 3)),
         }
-        segments.append(Segment({"source": source, "episode": source, "instruction": "go"}, columns))
+        segments.append(
+            Segment({"source": source, "episode": source, "instruction": "go"}, columns)
+        )
     replay = Replay(4, seed=0)
     replay.add(segments[:1])
     replay.add(segments[1:])
