@@ -22,7 +22,12 @@ Call = Callable[[], Any]
 RETRIES = 3  # of a call whose actor died; Ray brings the actor back
 RESTART_SECONDS = 30.0  # within which an actor's death is one event
 POLL = 0.25  # s
-TWIN_STAGES = {"ppoflow": "twin_rl", "self_imitation": "self_imitation"}  # of the learner
+# Stages of the learner.
+TWIN_STAGES = {
+    "ppoflow": "twin_rl",
+    "chunk_q": "twin_chunk_q",
+    "self_imitation": "self_imitation",
+}
 STAND_IN = {"variant": "standin"}
 BEGINNING = 512  # observations of random play, from which a policy without demonstrations begins
 

@@ -13,7 +13,7 @@ import twins
 from actors.twin_actor import TwinActor
 from deploy.memory import Memory
 from learner.stages import STAGES, supervised
-from learner.stages.self_imitation import _successes
+from learner.stages.self_imitation import successful_episodes
 from policies.registry import make_policy
 from twinrl.core.segment import Segment
 from twinrl.env import STATE
@@ -129,10 +129,12 @@ def test_an_episode_is_cloned_whole_when_it_has_ended():
     """Its beginning waits for its end; of a failure nothing is kept."""
     waiting = defaultdict(list)
     begun = segment("twin", moved(0.0), "a", last=False)
-    assert _successes([begun, segment("twin", moved(0), "b", success=False)], waiting) == []
+    assert (
+        successful_episodes([begun, segment("twin", moved(0), "b", success=False)], waiting) == []
+    )
     assert list(waiting) == ["a"]
     ended = segment("twin", moved(0.0), "a")
-    assert _successes([ended], waiting) == [begun, ended]
+    assert successful_episodes([ended], waiting) == [begun, ended]
     assert not waiting
 
 

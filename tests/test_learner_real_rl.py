@@ -103,3 +103,56 @@ def test_stage_3_makes_the_updates_that_are_due(bench, tmp_path, options):
     assert ("critic_loss" in learner._losses) == (options["improvement"] != "none")
     assert bool(learner.policy.one_step.active) == (options["improvement"] == "one_step")
     assert (int(learner.policy.candidates) > 1) == (options["improvement"] == "best_of_n")
+
+
+def test_twins_may_be_learned_from_off_policy(bench, tmp_path):
+    """Updates follow the twins' steps, whatever their version; what lay there before is not counted."""
+    bench.start(schema=SCHEMA)
+    writer = bench.writer(schema=SCHEMA)
+    for number in range(3):
+        header, columns = episode(number, "demo")
+        writer.write(header, {**columns, "label_action": columns["action"]})
+        writer.write(*episode(100 + number, "twin"))
+    writer.flush()
+    (tmp_path / "checkpoints").mkdir()
+    sink = Sink()
+    learner = Learner(
+        policy_config={**POLICY, "cameras": (), "one_step": True},
+        instruction="go",
+        checkpoints=tmp_path / "checkpoints",
+        make_reader=bench.reader,
+        make_reporter=lambda name, stats: Events(),
+        sink=sink,
+        seed=0,
+    )
+    learner.save("stage1")
+    began = learner.version
+    summary = {}
+
+    def run():
+        summary.update(
+            learner.run(
+                "twin_chunk_q",
+                start="stage1",
+                name="stage2",
+                privileged_dim=POSE,
+                steps=4 * STEPS,
+                segments=2,
+                max_lag=1,
+                action_noise=0.1,
+                options={"updates_per_step": 0.25, "batch_size": 16, "actor_warmup": 2},
+            )
+        )
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    wait_until(lambda: learner.version > began, 30, "the first version")
+    for number in range(4):
+        writer.write(*episode(number, "twin"))
+    writer.flush()
+    thread.join(60)
+    assert summary["transitions"] == 4 * STEPS
+    assert summary["updates"] == STEPS
+    assert int(learner.policy.candidates) > 1 and learner.has("stage2")
+    assert np.isfinite(learner._losses["critic_loss"])
+    assert np.isfinite(learner._losses["imitation_loss"])

@@ -235,9 +235,10 @@ class SftConfig(Section):
 class TwinRlConfig(Section):
     """Stage 2, RL in randomised twins."""
 
-    algorithm: Literal["ppoflow", "self_imitation"] = Field(
+    algorithm: Literal["ppoflow", "chunk_q", "self_imitation"] = Field(
         "ppoflow",
-        description="PPOFlow, or, as a control, SFT on the policy's own successes",
+        description="PPOFlow where steps are cheap, off-policy RL where they are dear, or, as a control, SFT on the "
+        "policy's own successes",
     )
     steps: int = Field(300_000, ge=0, description="control steps in all twins together")
     round_chunks: int = Field(8, ge=1, description="chunks each environment runs for one update")
@@ -246,7 +247,8 @@ class TwinRlConfig(Section):
         0.14, gt=0, description="rms of the exploration in normalised actions, whatever K is"
     )
     options: dict[str, Any] = Field(
-        {}, description="of learner.algorithms.ppoflow, or of learner.stages.self_imitation"
+        {},
+        description="of learner.algorithms.ppoflow, learner.stages.twin_chunk_q or learner.stages.self_imitation",
     )
 
 

@@ -76,7 +76,7 @@ def self_imitation(
         consumed += sum(segment.steps for segment in taken)
         iterations += 1
         metrics = {"success": success_share(taken)}
-        finished = _successes(taken, open_episodes)
+        finished = successful_episodes(taken, open_episodes)
         if finished:
             cloned = windows(finished, policy.chunk)
             successes.append(ImitationData(policy, cloned, {"twin": 1.0}))
@@ -98,7 +98,9 @@ def self_imitation(
     return {"iterations": iterations, "transitions": consumed}
 
 
-def _successes(taken: list[Segment], open_episodes: dict[str, list[Segment]]) -> list[Segment]:
+def successful_episodes(
+    taken: list[Segment], open_episodes: dict[str, list[Segment]]
+) -> list[Segment]:
     """All segments of the episodes that have ended in success; those of unfinished ones are kept for later."""
     finished: list[Segment] = []
     for segment in taken:
