@@ -47,8 +47,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "task": {"observe": "images"},  # or state: poses instead of pictures, and no encoder to train
     "policy": {"integration_steps": 4, "critics": 0},
     "scenes": {"count": 12_000},
-    "pretrain": {"steps": 3000},
-    "demonstrations": {"episodes": 300, "noise": 0.2},
+    "pretrain": {"steps": 4000},
+    "demonstrations": {"episodes": 400, "noise": 0.2},
     "sft": {"steps": 3000},
 }
 QUICK: dict[str, dict[str, Any]] = {

@@ -24,6 +24,8 @@ class InstructionEncoder(nn.Module):
         super().__init__()
         self.buckets = buckets
         self.embedding = nn.Embedding(buckets, dim)
+        # Words that were never met keep the beginning's size, and so say little beside those that were.
+        nn.init.normal_(self.embedding.weight, std=0.1)
 
     def forward(
         self, instruction: str | Sequence[str], batch: int
