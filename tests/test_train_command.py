@@ -141,7 +141,7 @@ def test_a_chain_of_algorithms(runs):
 
 def test_an_interrupted_training_goes_on(runs):
     """Ctrl-C leaves a folder that the same command finishes, as if it had not been interrupted."""
-    words = ["sft", "--data", "old", "--steps", "150", "sft.batch=16", "--runs", str(runs), *QUICK]
+    words = ["sft", "--data", "old", "--steps", "1500", "sft.batch=16", "--runs", str(runs), *QUICK]
     assert main(["train", *words, "--out", str(runs / "whole")]) == 0
     command = [sys.executable, "-m", "twinrl.main", "train", *words, "--out", str(runs / "parts")]
     child = subprocess.Popen(

@@ -14,6 +14,7 @@ import collections
 import itertools
 import logging
 import os
+import random
 import socket as posix_socket
 import threading
 import time
@@ -509,11 +510,25 @@ class Client:
             future.set_result((header.get("result"), arrays))
 
 
+# Below those that systems give to outgoing connections: one of these could take a port between its choice and its use.
+SERVED_PORTS = range(20_000, 32_768)
+_given = set()  # ports that this process chose
+
+
 def free_port() -> int:
-    """A TCP port that is free now."""
-    with posix_socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port that is free now, another at each call."""
+    for _ in range(1000):
+        port = random.SystemRandom().choice(SERVED_PORTS)
+        if port in _given:
+            continue
+        with posix_socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        _given.add(port)
+        return port
+    raise OSError(f"no free port from {SERVED_PORTS.start} to {SERVED_PORTS.stop - 1}")
 
 
 def wait_until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
