@@ -45,7 +45,7 @@ FILE = Path("experiments/results/language.json")
 TASK = "follow-instruction"
 SETTINGS: dict[str, dict[str, Any]] = {
     "task": {"observe": "images"},  # or state: poses instead of pictures, and no encoder to train
-    "policy": {"integration_steps": 4, "critics": 0},
+    "policy": {"integration_steps": 4, "critics": 0, "width": 32},
     "scenes": {"count": 12_000},
     "pretrain": {"steps": 4000},
     "demonstrations": {"episodes": 400, "noise": 0.2},
