@@ -38,7 +38,7 @@ def make_policy(steps=1, chunk=C, **settings):
     return policy
 
 
-def play(policy, count=4, steps=10, version=0, seed=0, reward=None):
+def play(policy, count=4, steps=10, version=0, seed=0, reward=None, told=""):
     """On-policy segments as an actor writes them; the last chunk of each ends early."""
     rng = np.random.default_rng(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -46,7 +46,7 @@ def play(policy, count=4, steps=10, version=0, seed=0, reward=None):
     start = np.arange(0, steps, policy.chunk, dtype=np.int32)
     for episode in range(count):
         state = rng.normal(size=(steps + 1, DIM)).astype(np.float32)
-        action, info = policy.act({STATE: state[start]}, "", generator, explore=True)
+        action, info = policy.act({STATE: state[start]}, told, generator, explore=True)
         ends = np.arange(steps) == steps - 1
         action = action.reshape(-1, A)[:steps]
         columns = {
@@ -63,7 +63,7 @@ def play(policy, count=4, steps=10, version=0, seed=0, reward=None):
             "policy.path": info["path"],
             "policy.log_prob": info["log_prob"],
         }
-        header = {"episode": str(episode), "first_step": 0, "instruction": ""}
+        header = {"episode": str(episode), "first_step": 0, "instruction": told}
         segments.append(Segment(header, columns))
     return segments
 
@@ -119,6 +119,18 @@ def test_the_first_point_of_a_path_must_be_its_own():
     shift = np.array([[[0.3], [0.0]]], np.float32)
     moved = changed(play(policy, steps=8), **{"policy.path": lambda path: path + shift})
     assert abs(PPOFlow(policy, PLAIN, EXTRA).update(moved, version=0)["first_kl"]) > 0.05
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_encoder_is_trained_where_that_is_wanted(trained):
+    """Its gradient comes from the likelihood; on the first minibatch it is the encoder that acted."""
+    policy = make_policy()
+    words = policy.language.embedding.weight.detach().clone()
+    algorithm = PPOFlow(policy, replace(PLAIN, train_encoder=trained, learning_rate=1e-3), EXTRA)
+    metrics = algorithm.update(play(policy, told="go"), 0)
+    assert abs(metrics["first_kl"]) < 1e-6
+    moved = (policy.language.embedding.weight != words).any(1)
+    assert int(moved.sum()) == trained  # the one word that was told
 
 
 @pytest.mark.parametrize("steps", [1, 3])

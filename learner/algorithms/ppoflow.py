@@ -61,6 +61,9 @@ class PPOFlowConfig:
     anchor: float = 0.1  # weight of flow matching on demonstrations
     anchor_batch: int = 64
     max_behaviour_weight: float = 2.0  # truncation of pi_prox / pi_behaviour where the policy lags
+    train_encoder: bool = (
+        False  # what comes before the flow too; of pi0 that is LoRA, as in the paper
+    )
 
 
 class PPOFlow:
@@ -88,9 +91,10 @@ class PPOFlow:
         self._memory: list[dict[str, Tensor]] = []
         self._generator = torch.Generator().manual_seed(seed)
         # Optimisers of their own: the ratio power scales the policy's gradient, not the critic's.
-        self._optimiser = Optimiser(
-            policy.flow.parameters(), config.learning_rate, clip=config.gradient_norm
-        )
+        parameters = list(policy.flow.parameters())
+        if config.train_encoder:
+            parameters += policy.encoder_parameters()
+        self._optimiser = Optimiser(parameters, config.learning_rate, clip=config.gradient_norm)
         self._critic_optimiser = Optimiser(
             self.value.network.parameters(), config.critic_learning_rate
         )
@@ -194,7 +198,8 @@ class PPOFlow:
             # With several ranks, all have the same segments and each computes its share of a minibatch.
             rows, weight = distributed.share(whole), distributed.size() / len(whole)
             executed = None if mask is None else mask[rows]
-            log_prob = self.policy.flow.path_log_prob(features[rows], path[rows], executed)
+            seen = self._encoded(data, rows) if config.train_encoder else features[rows]
+            log_prob = self.policy.flow.path_log_prob(seen, path[rows], executed)
             log_ratio = config.ratio_power * (log_prob - proximal[rows])
             ratio = log_ratio.exp()
             with torch.no_grad():  # Schulman's low-variance estimate, of the tempered ratio
@@ -230,6 +235,13 @@ class PPOFlow:
             "anchor_loss": float(np.mean(anchors)) if anchors else float("nan"),
             "behaviour_weight": float(behaviour_weight.mean()),
         }
+
+    def _encoded(self, data: Rollout, rows: Tensor) -> Tensor:
+        """Features (B, ...) of the chunks `rows`, with gradient."""
+        chosen = rows.cpu().numpy()
+        observation = {key: column[chosen] for key, column in data.observation.items()}
+        instruction = [data.instruction[row] for row in chosen]
+        return self.policy.encode(self.policy.to_tensors(observation), instruction)
 
     def _executed(self, data: Rollout) -> Tensor | None:
         """(M, D) float32, 1 where a number of the chunk was executed; None where all count.

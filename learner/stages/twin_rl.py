@@ -11,6 +11,7 @@ from learner.algorithms.ppoflow import PPOFlow, PPOFlowConfig
 from learner.algorithms.sft import ImitationData
 from learner.dataset import windows
 from learner.learner import Learner
+from learner.settings import make_settings
 from twinrl.core.errors import DeadlineError
 
 CHECKPOINT_EVERY = 10  # iterations
@@ -39,12 +40,13 @@ def twin_rl(
     resumed = learner.has(f"{name}-running")
     state = learner.restore(f"{name}-running" if resumed else start)
     learner.reader.sync()
+    config = make_settings(PPOFlowConfig, options, "twin_rl.options")
     demos = shown(learner)
     anchor = None
     if demos:
         data = windows(demos, learner.policy.chunk)
-        anchor = ImitationData(learner.policy, data, {"demo": 0.5, "twin": 0.5})
-    config = PPOFlowConfig(**options)
+        shares = {"demo": 0.5, "twin": 0.5}
+        anchor = ImitationData(learner.policy, data, shares, trained=config.train_encoder)
     algorithm = PPOFlow(learner.policy, config, privileged_dim, anchor, learner.seed)
     # Rank 0 takes segments and tells the other ranks, if there are any.
     cursor = learner.reader.cursor(CURSOR, source="twin") if distributed.rank() == 0 else None
