@@ -59,8 +59,8 @@ def test_a_batch_with_instructions_is_encoded_with_them_and_cached(policy):
 
 def test_labels_that_follow_the_words_can_be_learned_and_only_with_them(policy):
     """Equal pictures: the label is the state's first number, or its negative where the other thing is asked."""
-    seen, rng = observation(256), np.random.default_rng(1)
-    which = rng.integers(2, size=256)
+    seen, rng = observation(512), np.random.default_rng(1)
+    which = rng.integers(2, size=512)
     labels = np.where(which, 1.0, -1.0)[:, None] * seen["observation.state"][:, :1]
     told = [TOLD[k] for k in which]
     train = {key: value[56:] for key, value in seen.items()}
@@ -79,7 +79,7 @@ def test_labels_that_follow_the_words_can_be_learned_and_only_with_them(policy):
         silent = isinstance(texts, str)
         algorithm = Pretrain(
             learner,
-            PretrainConfig(steps=150, batch=64),
+            PretrainConfig(steps=300, batch=64),
             train,
             labels[56:],
             texts if silent else texts[56:],
