@@ -32,7 +32,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from experiments.stages import CELLS, Stages, parse_settings
+from experiments.bookkeeping import overlaid
+from experiments.stages import CELLS, QUICK, SETTINGS, Stages
 from learner.dataset import Windows, windows
 from learner.optimiser import Optimiser
 from policies.vision import CameraEncoder
@@ -242,7 +243,9 @@ def main(argv: list[str] | None = None) -> None:
     episodes = arguments.episodes or (8 if arguments.quick else 200)
     rows: list[dict[str, Any]] = []
     for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
-        comparison = Comparison(parse_settings(arguments.quick, []), seed, episodes)
+        comparison = Comparison(
+            overlaid(SETTINGS, QUICK if arguments.quick else {}, []), seed, episodes
+        )
         for method in arguments.methods:
             comparison.train(method)
             rows.append({"seed": seed, **comparison.rows[-1]})

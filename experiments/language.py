@@ -13,12 +13,10 @@ With task.observe=state, from measured poses instead. One thread; intervals are 
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +27,7 @@ from actors.demonstrate import record_successes
 from actors.evaluate import draw_configurations, evaluate
 from dashboard.statistics import wilson
 from deploy.results import machine
+from experiments.bookkeeping import Bookkeeping, overlaid
 from experiments.stand_in import Runner, collect_into
 from learner.algorithms.pretrain import Pretrain, PretrainConfig
 from learner.algorithms.sft import SFT, SFTConfig
@@ -71,17 +70,17 @@ class Wordless(Runner):
         return super().infer(observation, WORDLESS, explore)
 
 
-class Language:
+class Language(Bookkeeping):
     """One seed: its data, a policy with words and one without, and how often each does what was asked."""
 
     def __init__(self, settings: dict[str, dict[str, Any]], seed: int, episodes: int) -> None:
+        super().__init__()
         torch.manual_seed(seed)
         self.settings, self.seed, self.episodes = settings, seed, episodes
         errands = errands_of(make_task(TASK))
         self.held_out = errands[seed % len(errands)]
         self.trained = [errand for errand in errands if errand != self.held_out]
         self.sees = settings["task"]["observe"] == "images"
-        self.core_seconds: dict[str, float] = {}
         self.rows: list[dict[str, Any]] = []
 
     def run(self) -> list[dict[str, Any]]:
@@ -209,14 +208,6 @@ class Language:
         self.report(row)
 
     @contextmanager
-    def clock(self, part: str) -> Iterator[None]:
-        """Count the core-seconds of the body."""
-        began = time.process_time()
-        yield
-        spent = time.process_time() - began
-        self.core_seconds[part] = self.core_seconds.get(part, 0.0) + spent
-
-    @contextmanager
     def env(self, num_envs: int) -> Iterator[Any]:
         """An environment that draws the trained errands, for the body."""
         names = [errand.name for errand in self.trained]
@@ -227,10 +218,9 @@ class Language:
             env.close()
 
     def report(self, row: dict[str, Any]) -> None:
-        """Print one JSON line."""
-        shown = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
+        """Print one JSON line, with what all parts have cost so far."""
         spent = {part: round(seconds) for part, seconds in self.core_seconds.items()}
-        print(json.dumps({**shown, "core_s": spent}), flush=True)
+        super().report({**row, "core_s": spent})
 
 
 def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
@@ -250,24 +240,6 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, float]:
     return figures
 
 
-def make_settings(quick: bool, overrides: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """SETTINGS, overlaid with QUICK if wanted, and with `section.option=value`."""
-    settings = deepcopy(SETTINGS)
-    for section, options in (QUICK if quick else {}).items():
-        settings[section] |= options
-    for override in overrides:
-        name, _, text = override.partition("=")
-        section, _, option = name.partition(".")
-        if section not in settings or not option or not text:
-            known = ", ".join(settings)
-            raise SystemExit(f"{override!r} is not section.option=value with a section of {known}")
-        try:
-            settings[section][option] = ast.literal_eval(text)
-        except (ValueError, SyntaxError):  # a word
-            settings[section][option] = text
-    return settings
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the seeds, print a line for each cell, and write the figures."""
     parser = argparse.ArgumentParser(
@@ -282,7 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.option=value")
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
-    settings = make_settings(given.quick, given.overrides)
+    settings = overlaid(SETTINGS, QUICK if given.quick else {}, given.overrides)
     count = (1 if given.quick else 3) if given.seeds is None else given.seeds
     earlier = [json.loads(path.read_text()) for path in given.earlier]
     rows = [row for result in earlier for row in result["rows"]]

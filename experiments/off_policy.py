@@ -11,7 +11,6 @@ resets of the arm. A seed's result is a file in --out; seeds that have one are n
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import platform
 import sys
@@ -25,7 +24,9 @@ import torch
 
 from actors.demonstrate import record_successes
 from actors.evaluate import draw_configurations, evaluate
+from experiments.bookkeeping import overlaid
 from experiments.stand_in import Replay, Runner, StandIn, collect_into
+from experiments.statistics import paired
 from learner.algorithms.chunk_q import ChunkQ, ChunkQConfig
 from learner.algorithms.sft import SFT, ImitationData, SFTConfig
 from learner.dataset import windows
@@ -248,33 +249,6 @@ def _fresh_windows(segment: Segment, chunk: int, interventions_only: bool) -> An
         return None
 
 
-def gain_interval(
-    results: list[dict[str, Any]], ours: str, theirs: str, draws: int = 10_000
-) -> tuple[float, float, float]:
-    """Gain of `ours` over `theirs` in mean success of both regions, with its 95 % interval.
-
-    Paired by seed and reset; a bootstrap of whole seeds, and of resets within them.
-    """
-    gains = np.array(
-        [
-            [
-                np.asarray(row[ours][region], float) - np.asarray(row[theirs][region])
-                for region in REGIONS
-            ]
-            for row in results
-        ]
-    )  # (seeds, regions, resets)
-    rng = np.random.default_rng(0)
-    seeds, regions, resets = gains.shape
-    means = []
-    for _ in range(draws):
-        chosen = gains[rng.integers(seeds, size=seeds)]
-        rows = rng.integers(resets, size=(seeds, regions, resets))
-        means.append(np.take_along_axis(chosen, rows, axis=2).mean())
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(gains.mean()), float(low), float(high)
-
-
 def summarise(results: list[dict[str, Any]]) -> dict[str, float]:
     """The figures of all seeds together."""
     figures: dict[str, float] = {}
@@ -284,29 +258,17 @@ def summarise(results: list[dict[str, Any]]) -> dict[str, float]:
             figures[f"{name}_{region}"] = float(np.mean([row[name][region] for row in results]))
     for other in ("clone", "dagger"):
         if "offpolicy" in names and other in names:
-            mean, low, high = gain_interval(results, "offpolicy", other)
+            ours, theirs = (
+                np.array([np.concatenate([row[name][r] for r in REGIONS]) for row in results])
+                for name in ("offpolicy", other)
+            )  # (seeds, regions * resets)
+            gain = paired(ours, theirs)
             figures |= {
-                f"offpolicy_vs_{other}": mean,
-                f"offpolicy_vs_{other}_low": low,
-                f"offpolicy_vs_{other}_high": high,
+                f"offpolicy_vs_{other}": gain.value,
+                f"offpolicy_vs_{other}_low": gain.low,
+                f"offpolicy_vs_{other}_high": gain.high,
             }
     return figures
-
-
-def parse_settings(quick: bool, overrides: list[str]) -> dict[str, dict[str, Any]]:
-    """SETTINGS, overlaid with QUICK if wanted and with `section.option=value` overrides."""
-    settings = deepcopy(SETTINGS)
-    for section, options in (QUICK if quick else {}).items():
-        settings[section] |= options
-    for override in overrides:
-        name, _, text = override.partition("=")
-        section, _, option = name.partition(".")
-        if section not in settings or not option or not text:
-            raise SystemExit(
-                f"{override!r} is not section.option=value with a section of {sorted(settings)}"
-            )
-        settings[section][option] = ast.literal_eval(text)
-    return settings
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -321,7 +283,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.option=value")
     arguments = parser.parse_intermixed_args(argv)
     torch.set_num_threads(1)
-    settings = parse_settings(arguments.quick, arguments.overrides)
+    settings = overlaid(SETTINGS, QUICK if arguments.quick else {}, arguments.overrides)
     episodes = arguments.episodes or (8 if arguments.quick else 200)
     results = []
     for seed in arguments.seeds:

@@ -10,11 +10,9 @@ and on the stand-in, and the core-seconds of each part (one thread; evaluation a
 from __future__ import annotations
 
 import argparse
-import ast
 import json
 import platform
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -26,6 +24,8 @@ import torch
 
 from actors.demonstrate import record_successes
 from actors.evaluate import draw_configurations, evaluate
+from dashboard.statistics import paired_gain
+from experiments.bookkeeping import Bookkeeping, overlaid
 from experiments.stand_in import Replay, Runner, StandIn, collect_into
 from learner.algorithms.chunk_q import ChunkQ, ChunkQConfig
 from learner.algorithms.ppoflow import PPOFlow, PPOFlowConfig
@@ -76,13 +76,13 @@ CELLS = [(variant, region) for variant in ("twin", "standin") for region in ("id
 EVALUATION_SEED = 777_000  # disjoint from every training seed
 
 
-class Stages:
+class Stages(Bookkeeping):
     """The whole method with its data in memory."""
 
     def __init__(self, settings: dict[str, dict[str, Any]], seed: int, episodes: int) -> None:
         torch.manual_seed(seed)
         self.settings, self.seed, self.episodes = settings, seed, episodes
-        self.core_seconds: dict[str, float] = {}
+        super().__init__()
         self.rows: list[dict[str, Any]] = []
         self.outcomes: dict[str, dict[str, np.ndarray]] = {}
         probe = make_env(num_envs=1, seed=seed)
@@ -309,18 +309,15 @@ class Stages:
         row: dict[str, Any] = {"stage": stage}
         row |= {cell: float(success.mean()) for cell, success in results.items()}
         if stage == "stage2":
-            row["gain"] = paired_gain(self.outcomes["stage1"], results, "standin")
+            real = [cell for cell in results if cell.startswith("standin")]
+            before, after = (
+                np.concatenate([outcomes[cell] for cell in real])
+                for outcomes in (self.outcomes["stage1"], results)
+            )
+            row["gain"] = list(paired_gain(before, after)[:3])
         row["core_s"] = {part: round(seconds, 1) for part, seconds in self.core_seconds.items()}
         self.rows.append(row)
         self.report(row)
-
-    @contextmanager
-    def clock(self, part: str) -> Iterator[None]:
-        """Count the core-seconds of the body."""
-        began = time.process_time()
-        yield
-        spent = time.process_time() - began
-        self.core_seconds[part] = self.core_seconds.get(part, 0.0) + spent
 
     @contextmanager
     def env(self, num_envs: int, **options: Any) -> Iterator[Any]:
@@ -330,38 +327,6 @@ class Stages:
             yield env
         finally:
             env.close()
-
-    def report(self, row: dict[str, Any]) -> None:
-        """Print one JSON line."""
-        rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
-        print(json.dumps(rounded), flush=True)
-
-
-def paired_gain(
-    before: dict[str, np.ndarray], after: dict[str, np.ndarray], variant: str, draws: int = 10_000
-) -> list[float]:
-    """Gain of `after` over the same resets, both regions: mean and paired bootstrap's 95 % interval."""
-    cells = [cell for cell in after if cell.startswith(variant)]
-    gain = np.concatenate([after[cell].astype(float) - before[cell] for cell in cells])
-    rng = np.random.default_rng(0)
-    means = gain[rng.integers(len(gain), size=(draws, len(gain)))].mean(1)
-    return [float(gain.mean()), *(float(q) for q in np.quantile(means, [0.025, 0.975]))]
-
-
-def parse_settings(quick: bool, overrides: list[str]) -> dict[str, dict[str, Any]]:
-    """SETTINGS, overlaid with QUICK if wanted and with `section.option=value` overrides."""
-    settings = deepcopy(SETTINGS)
-    for section, options in (QUICK if quick else {}).items():
-        settings[section] |= options
-    for override in overrides:
-        name, _, text = override.partition("=")
-        section, _, option = name.partition(".")
-        if section not in settings or not option or not text:
-            raise SystemExit(
-                f"{override!r} is not section.option=value with a section of {sorted(settings)}"
-            )
-        settings[section][option] = ast.literal_eval(text)
-    return settings
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -375,7 +340,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     episodes = arguments.episodes or (8 if arguments.quick else 200)
-    stages = Stages(parse_settings(arguments.quick, arguments.overrides), arguments.seed, episodes)
+    settings = overlaid(SETTINGS, QUICK if arguments.quick else {}, arguments.overrides)
+    stages = Stages(settings, arguments.seed, episodes)
     stages.run()
     figures = {
         f"{row['stage']}/{cell}": value

@@ -180,8 +180,3 @@ def test_seeds_are_pooled():
     figures = language.summarise(rows)
     assert figures["language_success"] == 0.75 and figures["language_success_wrong"] == 0.1
     assert figures["language_success_low"] < 0.75 < figures["language_success_high"]
-    assert language.make_settings(True, ["policy.trunk=transformer", "sft.steps=7"])["sft"] == {
-        "steps": 7
-    }
-    with pytest.raises(SystemExit, match=r"not section\.option"):
-        language.make_settings(False, ["steps=7"])

@@ -1,30 +1,10 @@
-"""The in-process experiment's own parts: settings, the paired gain, the replay."""
+"""The in-process experiment's replay."""
 
 import numpy as np
 import pytest
 
-from experiments.stages import SETTINGS, paired_gain, parse_settings
 from experiments.stand_in import Replay
 from twinrl.core.segment import Segment
-
-
-def test_settings_are_overlaid_and_checked():
-    """Overrides win over --quick, which wins over the defaults; unknown sections are refused."""
-    settings = parse_settings(True, ["sft.steps=7", "ppo.clip=0.1"])
-    assert settings["sft"]["steps"] == 7 and settings["ppo"]["clip"] == 0.1
-    assert settings["twin_rl"]["steps"] < SETTINGS["twin_rl"]["steps"]
-    with pytest.raises(SystemExit, match="stf"):
-        parse_settings(False, ["stf.steps=7"])
-
-
-def test_paired_gain_uses_the_pairing():
-    """Ten more successes of 100 on the same resets are a clear gain; swapped ones are none."""
-    before = {"standin/id": np.arange(100) < 50, "twin/id": np.zeros(100, bool)}
-    better = {"standin/id": np.arange(100) < 60}
-    mean, low, _ = paired_gain(before, better, "standin")
-    assert mean == pytest.approx(0.1) and low > 0.03
-    mean, low, high = paired_gain(before, {"standin/id": np.arange(100) >= 50}, "standin")
-    assert mean == 0.0 and low < -0.1 and high > 0.1
 
 
 def test_replay_returns_the_frames_of_its_windows():
