@@ -16,9 +16,10 @@ import numpy as np
 from actors.demonstrate import record_successes
 from actors.evaluate import Outcome, draw_configurations, evaluate
 from actors.remote_runner import Runner
+from actors.retries import Retries
 from actors.segmenter import Segmenter
 from twinrl.core.errors import DeadlineError, TwinRLError
-from twinrl.env import Env
+from twinrl.env import ChunkStep, Env
 from twinrl.weights import WeightSource
 
 SAMPLED_CHUNK = 2  # control steps between two observations of random play
@@ -194,14 +195,17 @@ class TwinActor:
         round_chunks: int,
         max_lag: int,
         region: str = "all",
+        retry: float = 0.0,
         **env_options: Any,
     ) -> int:
         """Roll out with exploration, rounds of `round_chunks` chunks, until `steps` control steps or `stop`.
 
         Round k waits until the learner has published version start_version + k - max_lag, which bounds the
-        policy lag without stopping the learner; new weights are adopted at every chunk boundary.
+        policy lag without stopping the learner; new weights are adopted at every chunk boundary. `retry` is the share
+        of resets that repeat a start from which the policy failed, while there are any.
         """
         with self._task_of("twin RL", self._num_envs, env_options) as env:
+            retries = Retries(retry, env.num_envs, self._rng)
             self._runner.adopt(self._weights.wait(start_version - 1, WAIT_FOR_WEIGHTS))
             segmenter = self._segmenter(env, "twin")
             observation, _ = env.reset(
@@ -215,7 +219,9 @@ class TwinActor:
                 # By so much the oldest step of the round that was handed over is behind by now.
                 self._lag, acted = self._runner.version - acted, self._runner.version
                 for _ in range(round_chunks):
-                    observation, executed = self._explore(env, segmenter, observation, region)
+                    observation, executed = self._explore(
+                        env, segmenter, observation, region, retries
+                    )
                     done_steps += executed
                 segmenter.cut(np.ones(env.num_envs, bool))
                 round_number += 1
@@ -265,8 +271,6 @@ class TwinActor:
         self._steps += len(columns["action"])
         if header["last"]:
             self._episodes += 1
-            if header["region"] in self._recent:
-                self._recent[header["region"]].append(bool(columns["success"][-1]))
 
     def _record(
         self,
@@ -295,7 +299,12 @@ class TwinActor:
         return recorded, attempted
 
     def _explore(
-        self, env: Env, segmenter: Segmenter, observation: dict[str, np.ndarray], region: str
+        self,
+        env: Env,
+        segmenter: Segmenter,
+        observation: dict[str, np.ndarray],
+        region: str,
+        retries: Retries,
     ) -> tuple[dict[str, np.ndarray], int]:
         while self._paused.is_set() and not self._stop.is_set():
             time.sleep(0.1)
@@ -311,9 +320,23 @@ class TwinActor:
             if step.invalid is not None and step.invalid.any():
                 self._drop(segmenter, step.invalid)
             segmenter.cut(done)
-            observation, _ = env.reset(options={"reset_mask": done, "region": region})
+            self._count(env.configurations(), step, retries)
+            starts = {"configurations": retries.starts(done), "reset_mask": done, "region": region}
+            observation, _ = env.reset(options=starts)
             segmenter.begin(observation, done)
         return observation, int(step.mask.sum())
+
+    def _count(
+        self, configurations: list[dict[str, Any]], step: ChunkStep, retries: Retries
+    ) -> None:
+        """Note how the episodes that `step` ended went; the success that is told is that of fresh starts."""
+        ended = step.done if step.invalid is None else step.done & ~step.invalid
+        success = step.success[np.arange(len(ended)), step.mask.sum(1) - 1]
+        retries.add(configurations, ended & ~success)
+        for i in np.flatnonzero(ended & ~retries.trying):
+            region = configurations[i].get("region")
+            if region in self._recent:
+                self._recent[region].append(bool(success[i]))
 
     def _drop(self, segmenter: Segmenter, invalid: np.ndarray) -> None:
         """Drop what was not sent of the episodes in `invalid` (N,), and say so."""

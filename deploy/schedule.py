@@ -161,6 +161,7 @@ class Schedule:
                     steps=10 * settings.steps,  # the learner says when it is enough
                     round_chunks=settings.round_chunks,
                     max_lag=settings.max_lag,
+                    retry=settings.retry,
                     randomisation=self.config.twins.randomisation,
                 )
             )

@@ -243,6 +243,12 @@ class TwinRlConfig(Section):
     steps: int = Field(300_000, ge=0, description="control steps in all twins together")
     round_chunks: int = Field(8, ge=1, description="chunks each environment runs for one update")
     max_lag: int = Field(1, ge=0, description="policy versions that collection may run ahead")
+    retry: float = Field(
+        0.5,
+        ge=0,
+        le=1,
+        description="share of resets that repeat a start from which the policy failed, while there are any",
+    )
     action_noise: float = Field(
         0.14, gt=0, description="rms of the exploration in normalised actions, whatever K is"
     )
