@@ -53,7 +53,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "updates_per_step": 1.0,
         "batch": 128,
         "mix": {"demo": 0.25, "twin": 0.25, "real": 0.5},
-        "shares": {"demo": 0.25, "real": 0.75},
+        "shares": {"demo": 0.25, "real": 0.25, "takeover": 0.5},
     },
     # Where the policy fails nearly everywhere there is little to be anchored to, and much to be learned.
     "chunk_q": {"offline_updates": 500, "anchor": 0.0, "actor_learning_rate": 1e-3},

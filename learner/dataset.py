@@ -13,6 +13,11 @@ from twinrl.core.segment import SOURCES, Segment
 from twinrl.env import ACTION_DIM, IMAGE_PREFIX, STATE
 
 FEWEST_EPISODES = 10  # of which some are held out
+TAKEOVER = "takeover"
+GROUPS = (
+    *SOURCES,
+    TAKEOVER,
+)  # what has a share of its own: a source, and a person's part of "real"
 
 
 @dataclass
@@ -23,7 +28,7 @@ class Windows:
     state: np.ndarray  # (N, S) float32
     action: np.ndarray  # (N, C, 7) float32, physical units; zeros where the mask is 0
     mask: np.ndarray  # (N, C) float32: 1 where `action` is a demonstrated step
-    source: np.ndarray  # (N,) int64, index in SOURCES
+    source: np.ndarray  # (N,) int64, index in GROUPS
     instruction: list[str]  # N
     episode: list[str] = field(default_factory=list)  # N, or none where nobody asks
 
@@ -104,6 +109,8 @@ def windows(segments: Sequence[Segment], chunk: int) -> Windows:
 
 def _segment_windows(segment: Segment, imitated: np.ndarray, chunk: int) -> Windows:
     columns, steps = segment.columns, len(imitated)
+    source = segment.header["source"]
+    group = TAKEOVER if source == "real" and columns["intervention"].any() else source
     target = columns.get("label_action", columns["action"])
     frames = _frames(columns)
     rows = np.flatnonzero(frames < steps)
@@ -119,7 +126,7 @@ def _segment_windows(segment: Segment, imitated: np.ndarray, chunk: int) -> Wind
         state=columns[STATE][start],
         action=padded[index] * mask[..., None],
         mask=mask.astype(np.float32),
-        source=np.full(len(rows), SOURCES.index(segment.header["source"]), np.int64),
+        source=np.full(len(rows), GROUPS.index(group), np.int64),
         instruction=[segment.header["instruction"]] * len(rows),
         episode=[segment.header["episode"]] * len(rows),
     )
@@ -144,14 +151,19 @@ def held_out(episodes: Sequence[str], share: float) -> np.ndarray:
     return np.array([name in chosen for name in episodes], dtype=bool)
 
 
-def source_probabilities(source: np.ndarray, shares: dict[str, float]) -> np.ndarray:
-    """Sampling probability (N,) of each row such that sources are drawn in the ratio of `shares`.
+def source_probabilities(source: np.ndarray, shares: Mapping[str, float]) -> np.ndarray:
+    """Sampling probability (N,) of each row such that groups are drawn in the ratio of `shares`.
 
-    A source without rows gives its share to the others; one without a share is never drawn.
+    `source` (N,) and the keys of `shares` are of GROUPS. A group without rows gives its share to the others; one without
+    a share is never drawn, but for takeovers, which then belong to the source "real".
     """
+    if unknown := sorted(set(shares) - set(GROUPS)):
+        raise ValueError(f"no share can be had by {unknown}, only by {', '.join(GROUPS)}")
+    if TAKEOVER not in shares:
+        source = np.where(source == GROUPS.index(TAKEOVER), GROUPS.index("real"), source)
     probability = np.zeros(len(source))
     for name, share in shares.items():
-        rows = source == SOURCES.index(name)
+        rows = source == GROUPS.index(name)
         if rows.any():
             probability[rows] = share / rows.sum()
     if not probability.any():

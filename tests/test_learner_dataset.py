@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from learner.dataset import (
+    GROUPS,
     concatenate,
     executed_windows,
     imitated_steps,
@@ -76,6 +77,7 @@ def test_a_rescued_episode_lends_only_the_persons_steps():
     data = windows([prefix, rescue], C)
     np.testing.assert_array_equal(data.state[:, 0], [5, 6, 7])
     assert data.action[data.mask > 0].min() > 8 + 5
+    assert {GROUPS[source] for source in data.source} == {"takeover"}
 
 
 def test_handing_back_ends_a_window():
@@ -105,6 +107,18 @@ def test_sources_are_drawn_in_the_ratio_of_their_shares():
     )
     with pytest.raises(ValueError, match="real"):
         source_probabilities(source, {"real": 1.0})
+    with pytest.raises(ValueError, match=r"\['rael'\], only by demo, twin, real, takeover"):
+        source_probabilities(source, {"rael": 1.0})
+
+
+def test_takeovers_may_have_a_share_of_their_own():
+    """However many successes the policy has by itself, what people corrected is seen as often; or it counts as real."""
+    source = np.array([GROUPS.index(name) for name in ("demo", "real", "real", "takeover")])
+    shares = {"demo": 0.25, "real": 0.25, "takeover": 0.5}
+    np.testing.assert_allclose(source_probabilities(source, shares), [0.25, 0.125, 0.125, 0.5])
+    np.testing.assert_allclose(
+        source_probabilities(source, {"demo": 0.25, "real": 0.75}), [0.25] * 4
+    )
 
 
 def test_concatenate_keeps_order():
