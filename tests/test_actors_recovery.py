@@ -139,6 +139,20 @@ def test_a_killed_simulator_costs_its_unfinished_segments_and_the_actor_goes_on(
     assert len(unfinished) <= 2 * ENVS and len(episodes) > len(unfinished)
 
 
+@pytest.mark.parametrize(("retry", "starts"), [(1.0, ENVS), (0.0, 4 * ENVS)])
+def test_a_failed_start_is_tried_again_and_told_success_is_that_of_fresh_ones(
+    actor, kept, retry, starts
+):
+    steps = 4 * 12 * ENVS  # four episodes in each environment
+    actor.collect(start_version=0, steps=steps, round_chunks=1, max_lag=9999, retry=retry)
+    ended = [header["configuration"] for header, _ in kept.segments if header["last"]]
+    assert len(ended) == 4 * ENVS
+    assert len({configuration["seed"] for configuration in ended}) == starts
+    first = {region: sum(c["region"] == region for c in ended[:starts]) for region in ("id", "ood")}
+    assert {region: len(results) for region, results in actor._recent.items()} == first
+    assert not any(any(results) for results in actor._recent.values())
+
+
 class Failing:
     """An environment whose simulation fails the first `times` times in the episode that starts from `n` = 1."""
 
