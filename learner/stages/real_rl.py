@@ -110,7 +110,8 @@ class _Imitation:
             *reader.segments(source="demo"),
             *(s for s in reader.load(shown + acted) if s is not None),
         ]
-        shares = {"demo": 0.25, "twin": 0.25, "real": 0.5}
+        # Takeovers keep a share of their own: the policy's own successes soon outnumber what people corrected.
+        shares = {"demo": 0.2, "twin": 0.25, "real": 0.25, "takeover": 0.3}
         data = windows(segments, learner.policy.chunk)
         self.data = ImitationData(learner.policy, data, shares)
 
