@@ -1,7 +1,7 @@
 """Does the policy read? Two blocks, two pads, and only the instruction says which goes where (docs/language.md).
 
-    python -m experiments.language [--quick] [--seeds N] [--first SEED] [--episodes N] [--json FILE] [--with FILE ...]
-                                   [section.option=value ...]
+    python -m experiments.language [--quick] [--seeds N] [--first SEED] [--episodes N] [--cells NAME ...] [--json FILE]
+                                   [--with FILE ...] [section.option=value ...]
 
 Each seed holds another of the four errands out, learns the other three in the wordings that resets draw, and is
 evaluated on the same scenes in each cell: those errands and wordings, wordings that it never met, the errand that it
@@ -57,6 +57,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "sft": {"steps": 20},
 }
 EVALUATION_SEED = 777_000  # disjoint from every training seed
+CELLS = ("success", "paraphrase", "combination", "swapped", "chance")
 WORDLESS = "do it"  # what a policy without language is told, always
 
 
@@ -73,10 +74,17 @@ class Wordless(Runner):
 class Language(Bookkeeping):
     """One seed: its data, a policy with words and one without, and how often each does what was asked."""
 
-    def __init__(self, settings: dict[str, dict[str, Any]], seed: int, episodes: int) -> None:
+    def __init__(
+        self,
+        settings: dict[str, dict[str, Any]],
+        seed: int,
+        episodes: int,
+        wanted: Sequence[str] = CELLS,
+    ) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.settings, self.seed, self.episodes = settings, seed, episodes
+        self.wanted = wanted
         errands = errands_of(make_task(TASK))
         self.held_out = errands[seed % len(errands)]
         self.trained = [errand for errand in errands if errand != self.held_out]
@@ -88,10 +96,13 @@ class Language(Bookkeeping):
         self.scenes = self.render() if self.sees else None
         self.demonstrations = self.demonstrate()
         cells = self.cells()
-        reads = self.learn("words")
-        for cell in ("success", "paraphrase", "combination", "swapped"):
-            self.evaluate(cell, Runner(reads, 0), cells[cell])
-        self.evaluate("chance", Wordless(self.learn("wordless"), 0), cells["success"])
+        told = [cell for cell in cells if cell in self.wanted]
+        if told:
+            reads = self.learn("words")
+            for cell in told:
+                self.evaluate(cell, Runner(reads, 0), cells[cell])
+        if "chance" in self.wanted:
+            self.evaluate("chance", Wordless(self.learn("wordless"), 0), cells["success"])
         return self.rows
 
     def cells(self) -> dict[str, list[dict[str, Any]]]:
@@ -249,6 +260,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, help="how many; default 3, 1 with --quick")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--episodes", type=int, help="of each cell and seed; default 100")
+    parser.add_argument("--cells", nargs="+", choices=CELLS, default=CELLS, help="default: all")
     parser.add_argument("--with", dest="earlier", type=Path, nargs="*", default=[], metavar="FILE")
     parser.add_argument("--json", type=Path, help=f"default: {FILE}, nothing with --quick")
     parser.add_argument("overrides", nargs="*", metavar="section.option=value")
@@ -262,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     episodes = given.episodes or (8 if given.quick else 100)
     for seed in range(given.first, given.first + count):
         began = time.perf_counter()
-        rows += Language(settings, seed, episodes).run()
+        rows += Language(settings, seed, episodes, given.cells).run()
         print(f"seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
     figures = summarise(rows)
     for cell in dict.fromkeys(row["cell"] for row in rows):
@@ -277,6 +289,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if target:
         if count:
             seeds = f"--first {given.first} --seeds {count} --episodes {episodes}"
+            if set(given.cells) != set(CELLS):
+                seeds += f" --cells {' '.join(given.cells)}" + " --" * bool(given.overrides)
             commands += [" ".join(["python -m experiments.language", seeds, *given.overrides])]
         result = {"machine": machine(), "command": "; ".join(commands), "settings": settings}
         target.write_text(json.dumps({**result, "figures": figures, "rows": rows}, indent=1))
