@@ -1,6 +1,6 @@
 """Does the policy read? Two blocks, two pads, and only the instruction says which goes where (docs/language.md).
 
-    python -m experiments.language [--quick] [--seeds N] [--first SEED] [--episodes N] [--cells NAME ...] [--json FILE]
+    python -m experiments.language [--quick] [--seeds N] [--first SEED] [--episodes N] [--cells NAME,...] [--json FILE]
                                    [--with FILE ...] [section.option=value ...]
 
 Each seed holds another of the four errands out, learns the other three in the wordings that resets draw, and is
@@ -260,11 +260,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, help="how many; default 3, 1 with --quick")
     parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--episodes", type=int, help="of each cell and seed; default 100")
-    parser.add_argument("--cells", nargs="+", choices=CELLS, default=CELLS, help="default: all")
+    parser.add_argument("--cells", default=",".join(CELLS), help="some of %(default)s")
     parser.add_argument("--with", dest="earlier", type=Path, nargs="*", default=[], metavar="FILE")
     parser.add_argument("--json", type=Path, help=f"default: {FILE}, nothing with --quick")
     parser.add_argument("overrides", nargs="*", metavar="section.option=value")
     given = parser.parse_args(argv)
+    wanted = given.cells.split(",")
+    if unknown := set(wanted) - set(CELLS):
+        parser.error(f"no cell {', '.join(sorted(unknown))}; there are {', '.join(CELLS)}")
     torch.set_num_threads(1)
     settings = overlaid(SETTINGS, QUICK if given.quick else {}, given.overrides)
     count = (1 if given.quick else 3) if given.seeds is None else given.seeds
@@ -274,7 +277,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     episodes = given.episodes or (8 if given.quick else 100)
     for seed in range(given.first, given.first + count):
         began = time.perf_counter()
-        rows += Language(settings, seed, episodes, given.cells).run()
+        rows += Language(settings, seed, episodes, wanted).run()
         print(f"seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
     figures = summarise(rows)
     for cell in dict.fromkeys(row["cell"] for row in rows):
@@ -289,8 +292,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if target:
         if count:
             seeds = f"--first {given.first} --seeds {count} --episodes {episodes}"
-            if set(given.cells) != set(CELLS):
-                seeds += f" --cells {' '.join(given.cells)}" + " --" * bool(given.overrides)
+            if set(wanted) != set(CELLS):
+                seeds += f" --cells {given.cells}"
             commands += [" ".join(["python -m experiments.language", seeds, *given.overrides])]
         result = {"machine": machine(), "command": "; ".join(commands), "settings": settings}
         target.write_text(json.dumps({**result, "figures": figures, "rows": rows}, indent=1))
