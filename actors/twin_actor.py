@@ -334,7 +334,7 @@ class TwinActor:
         success = step.success[np.arange(len(ended)), step.mask.sum(1) - 1]
         retries.add(configurations, ended & ~success)
         for i in np.flatnonzero(ended & ~retries.trying):
-            region = configurations[i].get("region")
+            region = configurations[i].get("region", "id")  # as in the segment's header
             if region in self._recent:
                 self._recent[region].append(bool(success[i]))
 

@@ -14,10 +14,8 @@ from twinrl.env import ACTION_DIM, IMAGE_PREFIX, STATE
 
 FEWEST_EPISODES = 10  # of which some are held out
 TAKEOVER = "takeover"
-GROUPS = (
-    *SOURCES,
-    TAKEOVER,
-)  # what has a share of its own: a source, and a person's part of "real"
+# What has a share of its own: a source, and a person's part of "real".
+GROUPS = (*SOURCES, TAKEOVER)
 
 
 @dataclass

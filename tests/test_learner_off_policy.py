@@ -535,13 +535,17 @@ def test_resume_repeats_the_run_bit_for_bit(policy, settings):
 
 
 def test_gains_are_paired_and_clustered_by_seed():
-    """Ten more points on the same resets in all seeds are a clear gain; gained in one and lost in another they are none."""
+    """Ten more points on the same resets in all seeds are a clear gain; in one seed of three they are none."""
     resets = np.arange(100)
     worse = {region: (resets < 60).tolist() for region in ("id", "ood")}
     better = {region: (resets < 70).tolist() for region in ("id", "ood")}
     figures = summarise([{"start": worse, "offpolicy": better, "clone": worse}] * 2)
     assert figures["offpolicy_ood"] == 0.7 and figures["offpolicy_vs_clone_low"] > 0.0
+    same, other = ({"offpolicy": x, "clone": worse} for x in (worse, better))
+    figures = summarise([other] * 3)
     assert figures["offpolicy_vs_clone"] == pytest.approx(0.1)
-    mixed = [{"offpolicy": better, "clone": worse}, {"offpolicy": worse, "clone": better}]
-    figures = summarise(mixed)
+    low, high = figures["offpolicy_vs_clone_low"], figures["offpolicy_vs_clone_high"]
+    assert 0.04 < low < 0.1 < high < 0.16
+    figures = summarise([other, same, {"offpolicy": worse, "clone": better}])
+    assert figures["offpolicy_vs_clone"] == pytest.approx(0.0)
     assert figures["offpolicy_vs_clone_low"] < -0.05 and figures["offpolicy_vs_clone_high"] > 0.05
