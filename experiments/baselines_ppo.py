@@ -171,6 +171,7 @@ def train(env_id: str, seed: int, steps: int, **overrides: Any) -> dict[str, Any
         chunk=1,
         action_dim=space.shape[0],
         integration_steps=1,
+        start_noise=0.0,
         latent=8,
         hidden=64,
         critics=0,

@@ -43,6 +43,7 @@ class FlowExpert(nn.Module):
         self.dim = dim
         self.summary_dim = summary_dim
         self.noisy_steps = noisy_steps
+        self.start_noise = 1.0
         self.noise = mlp(summary_dim + TIME_FEATURES, 64, dim, 1)
         nn.init.zeros_(self.noise[-1].weight)
         nn.init.zeros_(self.noise[-1].bias)
@@ -65,6 +66,20 @@ class FlowExpert(nn.Module):
         raise NotImplementedError
 
     # -- the same for every network ------------------------------------------------------------------------
+
+    def start(
+        self,
+        shape: tuple[int, ...],
+        like: Tensor,
+        generator: torch.Generator | Streams | None = None,
+    ) -> Tensor:
+        """First points x_0 (*shape) of integrations, from N(0, `start_noise`^2).
+
+        1, where the flow is cloned: what it shows of several ways, it shows by x_0. With 0 and K = 1 the policy is a
+        Gaussian about x + v, as PPO's usually is: RL from nothing has no ways to keep apart, and a field that forgets
+        to undo x_0 adds noise that no gradient takes away.
+        """
+        return self.start_noise * gaussian(shape, like, generator)
 
     def velocity(self, features: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """Velocity (B, D) at `x` (B, D) and `t` (B, 1)."""
@@ -120,7 +135,7 @@ class FlowExpert(nn.Module):
         batch = len(features)
         condition = self.condition(features)
         summary = self.summary(features)
-        x = gaussian((batch, self.dim), features, generator)
+        x = self.start((batch, self.dim), features, generator)
         path, total = [x], x.new_zeros(batch)
         for k in range(steps):
             t = x.new_full((batch, 1), k / steps)
@@ -137,8 +152,8 @@ class FlowExpert(nn.Module):
     def path_log_prob(self, features: Tensor, path: Tensor, mask: Tensor | None = None) -> Tensor:
         """Sum over noisy k of log N(x_{k+1}; mean, sigma^2) (B,) of a raw `path` (B, K+1, D).
 
-        Steps without noise are integrated again from x_0, with gradient: they are part of the mean. log N(x_0; 0, 1)
-        is left out: it has no parameters, and cancels in a ratio for a stored x_0.
+        Steps without noise are integrated again from x_0, with gradient: they are part of the mean. the density
+        of x_0 is left out: it has no parameters, and cancels in a ratio for a stored x_0.
 
         `mask` (B, D) leaves out numbers of the chunk that were never executed. Only at K = 1 are the numbers independent
         given x_0; with more steps all of x_k moves all of x_{k+1}, and a mask is refused (ValueError).
@@ -206,7 +221,7 @@ class FlowExpert(nn.Module):
             t = BETA_RANGE * (1 - t ** (1 / BETA_POWER))  # Beta(a, 1) has the quantile q^(1/a)
         elif time != "uniform":
             raise ValueError(f"time {time!r}: one of uniform, beta")
-        return t, gaussian((batch, draws, self.dim), features, generator)
+        return t, self.start((batch, draws, self.dim), features, generator)
 
     @torch.no_grad()
     def action_noise(self, features: Tensor, steps: int, generator: torch.Generator) -> float:
@@ -236,6 +251,10 @@ class FlowExpert(nn.Module):
         """
         if noise not in NOISES:
             raise ValueError(f"noise {noise!r}: one of {', '.join(NOISES)}")
+        if noise == "sde" and self.start_noise != 1.0:
+            raise ValueError(
+                f"start_noise {self.start_noise:g} with noise 'sde': its score is that of start_noise 1"
+            )
 
         def draw(count: int) -> float:
             return self.action_noise(features, count, torch.Generator().manual_seed(seed))

@@ -165,7 +165,7 @@ class Policy(nn.Module):
     ) -> Tensor:
         """Noise-free integration -> normalised chunk (B, C, A), a function of `features` and `noise` (B, D)."""
         if noise is None:
-            noise = gaussian((len(features), self.flow.dim), features, generator)
+            noise = self.flow.start((len(features), self.flow.dim), features, generator)
         x = self.flow.integrate(features, noise, steps or self.integration_steps)
         return x.view(-1, self.chunk, self.action_dim)
 
@@ -177,7 +177,7 @@ class Policy(nn.Module):
     ) -> Tensor:
         """The one-step actor's normalised chunk (B, C, A), not clipped: a function of `features` and `noise` (B, D)."""
         if noise is None:
-            noise = gaussian((len(features), self.flow.dim), features, generator)
+            noise = self.flow.start((len(features), self.flow.dim), features, generator)
         return self.one_step(self.summary(features), noise).view(-1, self.chunk, self.action_dim)
 
     def clip(self, chunk: Tensor) -> Tensor:

@@ -85,6 +85,7 @@ class VLA(Policy):
         chunk: int = 4,
         action_dim: int = ACTION_DIM,
         noisy_steps: int = 0,
+        start_noise: float = 1.0,
         critics: int = 5,
         **settings: Any,
     ) -> None:
@@ -105,6 +106,9 @@ class VLA(Policy):
             critic_hidden=net.hidden,
             **settings,
         )
+        if not start_noise >= 0.0:
+            raise ValueError(f"policy.start_noise {start_noise}: a standard deviation, 0 or more")
+        self.flow.start_noise = start_noise
         self.architecture = net
         self.latent, self.pose_dim = net.latent, pose_dim
         self.vision = make_stems(net, cameras, image_size)

@@ -205,3 +205,24 @@ def test_matching_recovers_a_mixture_and_one_step_blurs_it():
         assert near.mean() == pytest.approx(mode, abs=0.06) and near.std() < 0.2
     assert (np.abs(np.abs(ten) - 1) < 0.5).mean() > 0.93
     assert one.mean() == pytest.approx(-0.4, abs=0.1) and one.std() < 0.15  # nobody showed -0.4
+
+
+def test_without_start_noise_one_step_is_a_gaussian_policy():
+    """K = 1, start_noise 0: one Gaussian whose mean is the noise-free action, whatever the generator."""
+    flow = with_noise(expert(dim=2), "head")
+    flow.start_noise = 0.0
+    features = torch.randn(4, FEATURES)
+    path, log_prob = flow.sample_path(features, 1, torch.Generator().manual_seed(1))
+    mean = flow.integrate(features, flow.start((4, 2), features), 1)
+    std = flow.log_std(flow.summary(features), torch.zeros(4, 1)).exp()
+    expected = torch.distributions.Normal(mean, std).log_prob(path[:, -1]).sum(-1)
+    torch.testing.assert_close(log_prob, expected)
+    assert (path[:, -1] - mean).abs().min() > 0
+
+
+def test_the_sde_refuses_another_start_noise():
+    """Its score is that of a flow from N(0, 1)."""
+    flow = expert()
+    flow.start_noise = 0.5
+    with pytest.raises(ValueError, match="start_noise"):
+        flow.calibrate_noise(torch.randn(8, FEATURES), 2, noise="sde")

@@ -28,7 +28,6 @@ from learner.algorithms.improvement import IMPROVEMENTS, Improvement, Improvemen
 from learner.algorithms.sft import ImitationData
 from learner.features import FeatureCache
 from learner.optimiser import Optimiser
-from policies.flow import gaussian
 from policies.policy import Policy
 
 
@@ -148,7 +147,7 @@ class _AnchoredFlow:
         )
         loss, metrics = imitated, {}
         if config.anchor:
-            noise = gaussian((len(kept), self.student.dim), kept, self._generator)
+            noise = self.student.start((len(kept), self.student.dim), kept, self._generator)
             with torch.no_grad():
                 before = self.reference.integrate(kept, noise, steps)
             now = self.student.integrate(kept, noise, steps)

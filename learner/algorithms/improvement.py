@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from learner.optimiser import Optimiser
-from policies.flow import gaussian
 from policies.policy import Policy
 
 
@@ -113,7 +112,7 @@ class OneStep:
     def update(self, features: Tensor, warm: bool) -> dict[str, float]:
         """Distil, and once the critics are warm climb them too; from then on the one-step actor acts."""
         policy, config = self.policy, self.config
-        noise = gaussian((len(features), policy.flow.dim), features, self._generator)
+        noise = policy.flow.start((len(features), policy.flow.dim), features, self._generator)
         chunk = policy.sample_one_step(features, noise)
         overshoot = chunk - policy.clip(chunk).detach()
         loss = overshoot.square().mean()

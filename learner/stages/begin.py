@@ -59,8 +59,8 @@ def prepare(policy: Policy, features: Tensor, seed: int, action_noise: float) ->
         chunk = 2 * torch.rand((BATCH, policy.flow.dim), generator=generator) - 1
         # Only at the times at which it will be asked.
         t = torch.randint(steps, (BATCH, 1, 1), generator=generator) / steps
-        eps = torch.randn((BATCH, 1, policy.flow.dim), generator=generator)
-        points = t.to(policy.device), eps.to(policy.device)
+        eps = policy.flow.start((BATCH, 1, policy.flow.dim), features, generator)
+        points = t.to(policy.device), eps
         mask = torch.ones_like(chunk).to(policy.device)
         loss = policy.flow.matching_loss(
             features[rows], chunk.to(policy.device), mask, points=points
