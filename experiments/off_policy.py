@@ -37,12 +37,12 @@ from twinrl.core.segment import SOURCES, Segment
 from twins import make_env
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "policy": {"integration_steps": 4, "hidden": 128, "one_step": True},
+    "policy": {"integration_steps": 4, "hidden": 128},
     "demonstrations": {"episodes": 30, "noise": 0.2},
     "sft": {"steps": 1500},
     "twin": {"steps": 8_000, "envs": 32},
     "arm": {
-        "steps": 8_000,
+        "steps": 20_000,
         "takeovers": 40,
         "slow_after": 45,
         "max_steps": 100,
