@@ -22,7 +22,14 @@ from twinrl.env import STATE
 
 RANDOM_STEPS = 512  # that fit the view of the state, and count
 SETTINGS: dict[str, dict[str, Any]] = {
-    "Pendulum-v1": {"gamma": 0.9, "noise_rms": 1.0, "chunks": 64, "minibatch": 128},
+    "Pendulum-v1": {
+        "gamma": 0.9,
+        "noise_rms": 1.0,
+        "chunks": 64,
+        "minibatch": 128,
+        "max_learning_rate": 1e-3,
+        "max_kl": 0.03,
+    },
     "InvertedPendulum-v5": {
         "gamma": 0.99,
         "lam": 0.9,
