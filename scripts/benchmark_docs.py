@@ -70,6 +70,16 @@ REASONS: dict[str, str] = {
         "with images is 1.92 in this run, and a shorter repetition without images gave 2.07 (1.95 to 2.07), with images 1.65 "
         "(1.65 to 2.08). Bare `mujoco.batch.Batch` of the same scene in two processes scattered from 1.98 to 2.33."
     ),
+    "updates_vs_bare": (
+        "The machine has two cores, and what feeds the learner works on the other: the bare loop itself, beside a process "
+        "that does nothing but copy memory, falls to 0.74-0.82 with off-policy RL and to 0.73-0.93 with PPOFlow; beside one "
+        "that computes in its cache it stays at 0.93-1.07. With PPOFlow the training thread also waits 11 % of the time for "
+        "a core, which writer, service and the reader's threads have (7,700 transitions/s come in); for data it waits 1-5 %, "
+        "off-policy RL 0.2 %. Off-policy RL encodes what comes in on the side, which the bare loop does not. Tried: Python's "
+        "switch interval at 0.5 instead of 5 ms (no gain beyond the scatter), and batches drawn without their images, as the "
+        "features are known (0.88-0.97 instead of 0.80-0.88 in four rounds each; not built: every reader, local, remote and "
+        "sharded, would need a second form of a batch, and what to do with a frame that was evicted in between)."
+    ),
 }
 HEAD = """# Benchmarks
 
