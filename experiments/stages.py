@@ -57,7 +57,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "max_steps": 100,
         "updates_per_step": 0.5,
         "batch": 256,
-        "shares": {"demo": 0.25, "real": 0.75},
+        "shares": {"demo": 0.2, "twin": 0.25, "real": 0.25, "takeover": 0.3},
         "offline_updates": 500,
         "twin_segments": 1500,
         "mining_episodes": 128,
