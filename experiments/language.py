@@ -48,7 +48,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "scenes": {"count": 12_000},
     "pretrain": {"steps": 4000},
     "demonstrations": {"episodes": 400, "noise": 0.2},
-    "sft": {"steps": 3000},
+    "sft": {"steps": 9000},
 }
 QUICK: dict[str, dict[str, Any]] = {
     "scenes": {"count": 192},
