@@ -33,8 +33,8 @@ PEER = ROOT / "benchmarks/peers/sb3"
 FILE = "experiments/results/baselines_{}.json"
 STEPS = {  # environment steps by task: PPO, off-policy
     "Pendulum-v1": {"ppo": 40_000, "offpolicy": 5_000},
-    "InvertedPendulum-v5": {"ppo": 40_000, "offpolicy": 4_000},
-    "Reacher-v5": {"ppo": 60_000, "offpolicy": 5_000},
+    "InvertedPendulum-v5": {"ppo": 40_000, "offpolicy": 8_000},
+    "Reacher-v5": {"ppo": 60_000, "offpolicy": 8_000},
 }
 MODULES = {"ppo": "experiments.baselines_ppo", "offpolicy": "experiments.baselines_off_policy"}
 THEIRS = {"ppo": "ppo", "offpolicy": "sac"}
