@@ -47,7 +47,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "slow_after": 45,
         "max_steps": 100,
         "reset_seconds": 5.0,
-        "retry": 0.0,
         "observe": "state",
     },
     "learning": {

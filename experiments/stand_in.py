@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from actors.retries import Retries
 from actors.segmenter import Segmenter
 from learner.dataset import executed_windows
 from learner.returns import returns_to_go
@@ -59,15 +58,11 @@ class StandIn:
         self._segmenter = collect_into(self._env, "real", self._segments)
         self.minutes, self.episodes, self.takeovers = 0.0, 0, 0
         self._recent: list[bool] = []
-        rng = np.random.default_rng([seed, 5])
-        self._retries = Retries(settings.get("retry", 0.0), 1, rng)
 
     def episode(self, configuration: dict[str, Any] | None) -> Segment:
-        """One episode; `configuration` says where things lie, the arm's nature stays its own. Without, some of them
-        (`retry`) begin where the policy failed before, or was helped."""
+        """One episode; `configuration` says where things lie, the arm's nature stays its own."""
         env, everyone = self._env, np.ones(1, bool)
         start = env.draw("all")
-        configuration = configuration or self._retries.starts(everyone)[0]
         if configuration is not None:
             start |= {key: value for key, value in configuration.items() if key != "draw"}
         observation, _ = env.reset(options={"configurations": [start]})
@@ -91,9 +86,7 @@ class StandIn:
         segment.columns["intervention"] = np.array(taken)
         self.episodes += 1
         self.minutes += (len(taken) / env.control_hz + self._settings["reset_seconds"]) / 60.0
-        alone = bool(segment.columns["success"][-1]) and not acting
-        self._recent.append(alone)
-        self._retries.add([start], np.array([not alone]))
+        self._recent.append(bool(segment.columns["success"][-1]) and not acting)
         return segment
 
     def stats(self) -> dict[str, Any]:
