@@ -60,8 +60,10 @@ PPO_SETTINGS: dict[str, dict[str, Any]] = {
 }
 SAC_SETTINGS: dict[str, dict[str, Any]] = {
     "Pendulum-v1": {"learning_rate": 1e-3},
-    "InvertedPendulum-v5": {},  # the zoo's defaults; it waits 10,000 steps on MuJoCo's tasks, here 100
-    "Reacher-v5": {},
+    # Not the zoo's: at its 3e-4 there is nothing to compare with on InvertedPendulum (102 after 8,000 steps; so 1,000).
+    # It waits 10,000 steps on MuJoCo's tasks, here 100.
+    "InvertedPendulum-v5": {"learning_rate": 1e-3},
+    "Reacher-v5": {"learning_rate": 1e-3},
 }
 
 
