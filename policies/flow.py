@@ -152,7 +152,7 @@ class FlowExpert(nn.Module):
     def path_log_prob(self, features: Tensor, path: Tensor, mask: Tensor | None = None) -> Tensor:
         """Sum over noisy k of log N(x_{k+1}; mean, sigma^2) (B,) of a raw `path` (B, K+1, D).
 
-        Steps without noise are integrated again from x_0, with gradient: they are part of the mean. the density
+        Steps without noise are integrated again from x_0, with gradient: they are part of the mean. The density
         of x_0 is left out: it has no parameters, and cancels in a ratio for a stored x_0.
 
         `mask` (B, D) leaves out numbers of the chunk that were never executed. Only at K = 1 are the numbers independent
