@@ -31,7 +31,7 @@ from learner.algorithms.chunk_q import ChunkQ, ChunkQConfig
 from learner.algorithms.ppoflow import PPOFlow, PPOFlowConfig
 from learner.algorithms.pretrain import Pretrain, PretrainConfig
 from learner.algorithms.sft import SFT, ImitationData, SFTConfig
-from learner.dataset import windows
+from learner.dataset import CLONED_SHARES, windows
 from learner.features import FeatureCache
 from policies.registry import make_policy
 from twinrl.core.segment import Segment
@@ -57,7 +57,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "max_steps": 100,
         "updates_per_step": 0.5,
         "batch": 256,
-        "shares": {"demo": 0.2, "twin": 0.25, "real": 0.25, "takeover": 0.3},
+        "shares": CLONED_SHARES,
         "offline_updates": 500,
         "twin_segments": 1500,
         "mining_episodes": 128,

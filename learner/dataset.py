@@ -16,6 +16,9 @@ FEWEST_EPISODES = 10  # of which some are held out
 TAKEOVER = "takeover"
 # What has a share of its own: a source, and a person's part of "real".
 GROUPS = (*SOURCES, TAKEOVER)
+# What is cloned while a person helps: takeovers keep a share of their own, for the policy's own successes soon outnumber
+# what people corrected.
+CLONED_SHARES = {"demo": 0.2, "twin": 0.25, "real": 0.25, TAKEOVER: 0.3}
 
 
 @dataclass

@@ -8,7 +8,7 @@ from typing import Any
 from buffer_service.client import Prefetcher
 from learner.algorithms.chunk_q import ChunkQ, ChunkQConfig
 from learner.algorithms.sft import ImitationData
-from learner.dataset import windows
+from learner.dataset import CLONED_SHARES, windows
 from learner.features import FeatureCache, with_ids
 from learner.learner import Learner
 from learner.settings import make_settings
@@ -110,10 +110,8 @@ class _Imitation:
             *reader.segments(source="demo"),
             *(s for s in reader.load(shown + acted) if s is not None),
         ]
-        # Takeovers keep a share of their own: the policy's own successes soon outnumber what people corrected.
-        shares = {"demo": 0.2, "twin": 0.25, "real": 0.25, "takeover": 0.3}
         data = windows(segments, learner.policy.chunk)
-        self.data = ImitationData(learner.policy, data, shares)
+        self.data = ImitationData(learner.policy, data, CLONED_SHARES)
 
     def refresh(self) -> list[tuple[int, Segment]]:
         """Take in the segments that arrived meanwhile; -> each with its id."""
