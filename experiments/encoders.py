@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 from copy import deepcopy
 from pathlib import Path
@@ -32,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from deploy.results import machine
 from experiments.bookkeeping import overlaid
 from experiments.stages import CELLS, QUICK, SETTINGS, Stages
 from learner.dataset import Windows, windows
@@ -263,8 +263,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"n = {episodes} in each cell, {arguments.seeds} seeds")
     if arguments.json:
         result = {
-            "machine": {"system": platform.platform(), "processor": platform.processor()},
-            "command": " ".join(sys.argv),
+            "machine": machine(),
+            "command": f"python -m experiments.encoders {' '.join(argv or sys.argv[1:])}",
             "figures": figures,
             "rows": rows,
         }
