@@ -95,7 +95,7 @@ def make_parser() -> argparse.ArgumentParser:
         "  twinrl train sft --data demo\n"
         "  twinrl train sft --data demo --source demo --source real sft.time=beta --steps 5000\n"
         "  twinrl train sft --data demo --start none sft.train_encoder=true policy.hidden=512\n"
-        "  twinrl train chunk-q --data demo --start stage1 chunk_q.conservative=0.1\n"
+        "  twinrl train chunk-q --data demo --start stage1 chunk_q.horizon=2\n"
         "  twinrl train sft --data demo --policy small.yaml --ranks 2 --out runs/small\n"
         "  twinrl eval demo-sft --checkpoint sft",
         formatter_class=argparse.RawDescriptionHelpFormatter,

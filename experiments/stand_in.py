@@ -10,9 +10,8 @@ import torch
 
 from actors.segmenter import Segmenter
 from learner.dataset import executed_windows
-from learner.returns import returns_to_go
 from twinrl.core.segment import SOURCES, Segment
-from twinrl.env import IMAGE_PREFIX, STATE
+from twinrl.env import IMAGE_PREFIX
 from twins import make_env
 
 
@@ -101,19 +100,15 @@ class StandIn:
 class Replay:
     """Windows of executed steps by source, with their frames where the segments hold them."""
 
-    def __init__(self, chunk: int, seed: int, gamma: float = 0.99, step_cost: float = 0.0) -> None:
+    def __init__(self, chunk: int, seed: int) -> None:
         self._chunk, self._rng = chunk, np.random.default_rng(seed)
-        self._gamma, self._step_cost = gamma, step_cost
         self._segments: list[Segment] = []
         self._columns: dict[str, list[np.ndarray]] = {}
         self._source = np.zeros(0, np.int64)
 
     def add(self, segments: list[Segment]) -> None:
-        """All windows of `segments`, whole episodes; `return` is what followed, discounted."""
+        """All windows of `segments`, whole episodes."""
         batch = executed_windows(segments, self._chunk)
-        returns = returns_to_go(segments, self._gamma, self._step_cost)
-        frames = [s.columns.get("frame_step", np.arange(len(s.columns[STATE]))) for s in segments]
-        batch["return"] = np.array([returns[s][frames[s][row]] for s, row in batch["frame"]])
         for key in ("frame", "next.frame"):
             batch[key][:, 0] += len(self._segments)
         self._segments += segments

@@ -15,7 +15,6 @@ from learner.algorithms.improvement import ImprovementConfig, OneStep
 from learner.algorithms.sft import ImitationData
 from learner.dataset import Windows, executed_windows, imitated_steps, windows
 from learner.features import FeatureCache
-from learner.returns import returns_to_go
 from policies.vla import VLA
 from policies.weights import load_arrays, to_arrays
 from twinrl.config import RealRlConfig
@@ -243,67 +242,6 @@ def test_the_minimum_of_members_is_the_target(policy):
         ChunkCritics(policy, CriticConfig(target_members=5), torch.Generator())
 
 
-def test_cal_ql_on_a_two_state_mdp(policy):
-    """Trap 12, alpha * (E_pi max(Q, V_mu) - E_D Q): minimised where Q_D = y + alpha / 2, and what nobody did sinks to
-    V_mu and no further, in the units of y. Without V_mu it would sink without end."""
-    alpha, gamma = 0.2, 0.9
-    reached = {0: gamma ** (2 * C - 1), 1: gamma ** (C - 1)}  # what the data's actor got
-    for known in (True, False):
-        policy.critic = Table(2, 2)
-        nn.init.constant_(policy.critic.values, 0.9)
-        config = CriticConfig(gamma=gamma, critic_learning_rate=2e-3, conservative=alpha)
-        critics = ChunkCritics(policy, config, torch.Generator())
-        batch, summary, _ = two_state_batch()
-        rows = [1, 3]  # the data hold action 1 alone
-        batch = {key: value[rows] for key, value in batch.items()}
-        if known:
-            batch["return"] = np.array([reached[0], reached[1]], np.float32)
-        executed = Executed.of(batch, policy)
-        y = torch.tensor([reached[0], reached[1]])
-        proposed = torch.full((2, 1, C, ACTION), -1.0)  # an actor that wants action 0
-        for _ in range(600):
-            critics.update(executed, summary[rows], y, proposed)
-        values = policy.critic.values.detach().mean(0)
-        torch.testing.assert_close(values[:, 1], y + alpha / 2, atol=0.02, rtol=0)
-        if known:
-            torch.testing.assert_close(values[:, 0], y, atol=0.03, rtol=0)
-        else:
-            assert (values[:, 0] < y - 0.4).all()
-
-
-def test_returns_are_in_the_units_of_targets(policy):
-    """Trap 12: V_mu has the critics' discount and cost, over all segments of an episode; unknown ends are no returns."""
-    gamma, cost = 0.9, 0.05
-    whole = make_segment(9)
-    expected, following = np.zeros(9), 0.0
-    for t in reversed(range(9)):
-        following = whole.columns["reward"][t] - cost + gamma * following
-        expected[t] = following
-
-    def part(first, end):
-        columns = {key: value[first:end] for key, value in whole.columns.items()}
-        return Segment({**whole.header, "first_step": first}, columns)
-
-    for segments in ([whole], [part(0, 4), part(4, 9)], [part(4, 9), part(0, 4)]):
-        found = returns_to_go(segments, gamma, cost)
-        ordered = sorted(
-            zip(segments, found, strict=True), key=lambda p: p[0].header.get("first_step", 0)
-        )
-        np.testing.assert_allclose(np.concatenate([f for _, f in ordered]), expected, rtol=1e-5)
-    assert np.isneginf(returns_to_go([part(0, 4)], gamma)[0]).all()
-    first, last = returns_to_go([part(0, 3), part(4, 9)], gamma, cost)
-    assert np.isneginf(first).all() and last[0] == pytest.approx(expected[4], rel=1e-5)
-
-
-def test_cal_ql_belongs_to_the_offline_part(policy):
-    """After `conservative_updates` the term is gone."""
-    algorithm = make_algorithm(policy, conservative=0.5, conservative_updates=2)
-    assert algorithm.critics.alpha == 0.5
-    for _ in range(2):
-        algorithm.update(make_batch(8))
-    assert algorithm.critics.alpha == 0.0
-
-
 # -- data: what is learned from what ------------------------------------------------------------------------
 
 
@@ -508,7 +446,7 @@ def test_imitation_alone_has_no_critics(policy):
     "settings",
     [
         {"improvement": "best_of_n", "target_candidates": 2},
-        {"improvement": "one_step", "conservative": 0.1},
+        {"improvement": "one_step"},
         {"improvement": "none"},
     ],
     ids=lambda settings: settings["improvement"],

@@ -1,11 +1,10 @@
 """Critics of executed action chunks: RLPD's ensemble (Ball et al. 2023) with Q-chunking's targets (Li et al. 2025).
 
     y = sum_{i<L} gamma^i r_i + gamma^L * max_n min_{m in M} Q'_m(o', A'_n),   A' ~ actor,   clamped to what is possible
-    L_critic = sum_m E (Q_m(o, A) - y)^2 + alpha * (E_{A ~ actor} max(Q_m(o, A), V_mu(o)) - E_D Q_m(o, A))
+    L_critic = sum_m E (Q_m(o, A) - y)^2
 
 L counts the steps that were executed, whoever decided them; o' is the observation after them. M is a random subset of
-the ensemble. The second term is Cal-QL's (Nakamoto et al. 2023), as ConRFT uses it: actions that nobody executed are
-pushed down, never below V_mu, the return that the data's own actors reached from there.
+the ensemble.
 """
 
 from __future__ import annotations
@@ -36,8 +35,6 @@ class CriticConfig:
     critic_learning_rate: float = 3e-4
     critic_gradient_norm: float = 10.0
     tau: float = 0.005  # target critics follow by this share
-    conservative: float = 0.0  # alpha of Cal-QL's term; 0 leaves it out
-    conservative_updates: int = 0  # updates after which alpha is 0: the online part; 0: never
 
 
 class Executed(NamedTuple):
@@ -49,7 +46,6 @@ class Executed(NamedTuple):
     steps: Tensor  # (B,) float32, L: executed steps between o and o'
     terminated: Tensor  # (B,) bool
     truncated: Tensor  # (B,) bool
-    reached: Tensor | None  # (B,), V_mu: the discounted return that followed; -inf where unknown
 
     @classmethod
     def of(cls, batch: Mapping[str, np.ndarray], policy: Policy) -> Executed:
@@ -66,7 +62,6 @@ class Executed(NamedTuple):
             steps=tensor("steps"),
             terminated=tensor("terminated", torch.bool),
             truncated=tensor("truncated", torch.bool),
-            reached=tensor("return") if "return" in batch else None,
         )
 
 
@@ -88,12 +83,6 @@ class ChunkCritics:
             config.critic_learning_rate,
             clip=config.critic_gradient_norm,
         )
-
-    @property
-    def alpha(self) -> float:
-        """Present weight of Cal-QL's term."""
-        over = 0 < self.config.conservative_updates <= self.step
-        return 0.0 if over else self.config.conservative
 
     @torch.no_grad()
     def continuation(self, summary: Tensor, chunks: Tensor) -> Tensor:
@@ -117,20 +106,12 @@ class ChunkCritics:
         low -= config.step_cost / (1.0 - config.gamma) if config.step_cost else 0.0
         return y.clamp(low, high)
 
-    def update(
-        self, executed: Executed, summary: Tensor, y: Tensor, proposed: Tensor | None = None
-    ) -> dict[str, float]:
-        """One step of the critics at `summary` (B, F) towards `y` (B,).
-
-        `proposed` (B, N, C, A): the actor's chunks at o, which Cal-QL's term needs.
-        """
+    def update(self, executed: Executed, summary: Tensor, y: Tensor) -> dict[str, float]:
+        """One step of the critics at `summary` (B, F) towards `y` (B,)."""
         critic = self.policy.critic
         values = critic(summary, executed.chunk, executed.mask)  # (E, B)
         error = (values - y).square().mean(1).sum()
-        loss = error
-        if self.alpha:
-            loss = loss + self.alpha * self.conservatism(values, summary, proposed, executed)
-        norm = self._optimiser.step(loss)
+        norm = self._optimiser.step(error)
         self.step += 1
         with torch.no_grad():
             torch._foreach_lerp_(
@@ -144,15 +125,6 @@ class ChunkCritics:
             "value_mean": float(values.mean()),
             "value_spread": float(values.std(0).mean()),  # disagreement between members
         }
-
-    def conservatism(
-        self, values: Tensor, summary: Tensor, proposed: Tensor, executed: Executed
-    ) -> Tensor:
-        """Cal-QL's term without alpha, summed over members: E_actor max(Q, V_mu) - E_D Q, with Q_D = `values` (E, B)."""
-        imagined = _each(self.policy.critic, summary, proposed)  # (E, B, N)
-        if executed.reached is not None:
-            imagined = torch.maximum(imagined, executed.reached[:, None])
-        return (imagined.mean(2) - values).mean(1).sum()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the critics, which are the policy's."""

@@ -2,7 +2,7 @@
 
 Three parts, one file each where they have a paper of their own:
 
-- critics of executed chunks, whoever decided them (learner/algorithms/chunk_critic.py: RLPD, Q-chunking, Cal-QL);
+- critics of executed chunks, whoever decided them (learner/algorithms/chunk_critic.py: RLPD, Q-chunking);
 - the flow policy, cloned from demonstrations, takeovers and successes, anchored to the policy it started from:
 
       L_flow = L_matching(imitation) + w * E || ODE(o, z) - ODE_start(o, z) ||^2   over observations no person acted on
@@ -79,7 +79,7 @@ class ChunkQ:
         `batch`: `observation.*` and `next.observation.*` (B, ...), `action` (B, H, A) physical, `step_mask` and
         `reward` (B, H) with H >= C (n-step returns; the chunk that is judged is the first C steps), `terminated`,
         `truncated`, `steps` (B,); optional `observation.id`, `next.observation.id` (see FeatureCache),
-        `intervention` (B, C), and `return` (B,), what the episode brought from there on, discounted: for Cal-QL.
+        and `intervention` (B, C).
         """
         features = self.cache.lookup(batch).to(self.policy.device)
         metrics: dict[str, float] = {}
@@ -104,8 +104,7 @@ class ChunkQ:
         following = self.cache.lookup(batch, "next.").to(policy.device)
         proposed = self.improvement.propose(following)
         y = critics.targets(executed, critics.continuation(policy.summary(following), proposed))
-        imagined = self.improvement.propose(features) if critics.alpha else None
-        return critics.update(executed, policy.summary(features), y, imagined)
+        return critics.update(executed, policy.summary(features), y)
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the policy's weights (critics, averaged flow, what acts) and the data."""
