@@ -98,7 +98,7 @@ STATE_ROWS = (
     Row("k10", "+ PPOFlow, K = 10", "k10", "stage2", f"{POSES}; critic: true state"),
     Row(
         "expert",
-        "expert cloned everywhere, similar core-s",
+        "expert cloned everywhere",
         "expert",
         "stage1",
         f"{POSES}; expert in OOD",
