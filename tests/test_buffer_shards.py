@@ -360,7 +360,7 @@ def test_a_shard_is_added_while_everybody_works(shards):
     assert sorted((e.episode, e.first_step) for e in entries) == sorted(everything)
     assert entries[0] == before  # ids stay what they were
     late = shards.writer("late", known=1)  # one who knows the first only hears of the other
-    assert late.stats()["writer/shards"] == 2
+    wait_until(lambda: late.stats()["writer/shards"] == 2, 10, "the other shard to be heard of")
 
 
 def test_the_first_service_keeps_the_list(shards, tmp_path):
