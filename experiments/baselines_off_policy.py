@@ -108,9 +108,8 @@ def train(
     low, high = env.action_space.low, env.action_space.high
     replay = Transitions(steps, env.observation_space.shape[0], len(low), settings["horizon"], seed)
     policy = _policy(env, settings)
-    algorithm = ChunkQ(
-        policy, ChunkQConfig(**settings["algorithm"]), FeatureCache(policy, ""), seed
-    )
+    config = ChunkQConfig(horizon=settings["horizon"], **settings["algorithm"])
+    algorithm = ChunkQ(policy, config, FeatureCache(policy, ""), seed)
     generator = torch.Generator().manual_seed(seed)
 
     def act(states: np.ndarray, explore: bool = False) -> np.ndarray:

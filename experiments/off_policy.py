@@ -187,7 +187,7 @@ class Comparison:
         config = ChunkQConfig(**options)
         algorithm = ChunkQ(policy, config, FeatureCache(policy, self.instruction), self.seed)
         imitation = ImitationData(policy, windows(demonstrations, policy.chunk), settings["shares"])
-        replay = Replay(config.horizon * policy.chunk, self.seed)
+        replay = Replay(algorithm.window, self.seed)
         replay.add(demonstrations + twin)
         mix = tuple(settings["mix"].get(source, 0.0) for source in SOURCES)
         if config.improvement != "none":

@@ -260,7 +260,7 @@ class Stages(Bookkeeping):
         )
         data = windows(self.demonstrations + self.expansion, policy.chunk)
         imitation = ImitationData(policy, data, settings["shares"])
-        replay = Replay(policy.chunk, self.seed)
+        replay = Replay(algorithm.window, self.seed)
         replay.add(self.demonstrations + self.expansion + self.twin_segments)
         with self.clock("real_rl.update"):
             for _ in range(settings["offline_updates"]):

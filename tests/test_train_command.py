@@ -129,6 +129,7 @@ def test_a_chain_of_algorithms(runs):
     train(runs, "pretrain", "--data", "old", "--steps", 4, "pretrain.batch=8", *QUICK)
     encoder = runs / "old-pretrain" / "checkpoints" / "pretrained.pt"
     words = ("chunk-q", "--data", "old", "--start", encoder, "--steps", 4, "chunk_q.batch_size=8")
+    words += ("chunk_q.horizon=2",)  # windows of another length are refused
     said = train(runs, *words, "chunk_q.actor_warmup=0", "chunk_q.target_members=1", *QUICK)
     assert "updates 4, segments 18, windows_cloned 144" in said
     first, then = (

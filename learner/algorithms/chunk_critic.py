@@ -141,10 +141,8 @@ class ChunkCritics:
         self._optimiser.load_state_dict(state["optimiser"])
 
 
-def _each(
-    critic: torch.nn.Module, summary: Tensor, chunks: Tensor, members: Tensor | None = None
-) -> Tensor:
-    """Q (E, B, N) of N whole chunks (B, N, C, A) at each of B summaries."""
+def _each(critic: torch.nn.Module, summary: Tensor, chunks: Tensor, members: Tensor) -> Tensor:
+    """Q (M, B, N) of N whole chunks (B, N, C, A) at each of B summaries, by `members` (M,)."""
     batch, count = chunks.shape[:2]
     tiled = summary.repeat_interleave(count, dim=0) if count > 1 else summary
     flat = chunks.flatten(0, 1)

@@ -63,6 +63,7 @@ class ChunkQ:
         self, policy: Policy, config: ChunkQConfig, cache: FeatureCache, seed: int = 0
     ) -> None:
         self.policy, self.config, self.cache, self.step = policy, config, cache, 0
+        self.window = config.horizon * policy.chunk  # H, executed steps of what `update` takes
         self._generator = torch.Generator().manual_seed(seed)
         self.critics: ChunkCritics | None = None
         self.improvement: Improvement | None = None
@@ -77,10 +78,16 @@ class ChunkQ:
         """One critic step on `batch`; every `actor_every`-th time an actor step, the flow's on `imitation`.
 
         `batch`: `observation.*` and `next.observation.*` (B, ...), `action` (B, H, A) physical, `step_mask` and
-        `reward` (B, H) with H >= C (n-step returns; the chunk that is judged is the first C steps), `terminated`,
+        `reward` (B, H) with H = `window` (n-step returns; the chunk that is judged is the first C steps), `terminated`,
         `truncated`, `steps` (B,); optional `observation.id`, `next.observation.id` (see FeatureCache),
-        and `intervention` (B, C).
+        and `intervention` (B, C). ValueError for windows of another length.
         """
+        found = np.shape(batch["reward"])[1]
+        if found != self.window:
+            raise ValueError(
+                f"windows of {found} executed steps, should be {self.window}: horizon {self.config.horizon} times a "
+                f"chunk of {self.policy.chunk}"
+            )
         features = self.cache.lookup(batch).to(self.policy.device)
         metrics: dict[str, float] = {}
         if self.critics is not None:

@@ -67,7 +67,8 @@ def offline_rl(
     seed = learner.seed + 1_000_003 * algorithm.step + distributed.rank()
     share = -(-batch_size // distributed.size())
     saved = time.monotonic()
-    with Prefetcher(learner.reader, share, mix=shares, seed=seed) as batches:
+    settings = {"mix": shares, "seed": seed, "chunk": algorithm.window}
+    with Prefetcher(learner.reader, share, **settings) as batches:
         while algorithm.step < steps:
             if not learner.goes_on():
                 learner.save(f"{name}-running", {"chunk_q": algorithm.state_dict()})

@@ -46,8 +46,7 @@ def real_rl(
         algorithm.load_state_dict(state["chunk_q"])
     imitation = _Imitation(learner, people_only=config.improvement == "none")
     learner.publish()
-    window = config.horizon * policy.chunk
-    with Prefetcher(reader, batch_size, mix=mix, chunk=window) as batches:
+    with Prefetcher(reader, batch_size, mix=mix, chunk=algorithm.window) as batches:
         updates, due = _train(
             learner, algorithm, imitation, batches, name, updates_per_step, publish_every
         )

@@ -68,8 +68,8 @@ def twin_chunk_q(
     learner.publish()
     open_episodes: dict[str, list[Segment]] = defaultdict(list)
     consumed = iterations = 0
-    window = config.horizon * policy.chunk
-    with Prefetcher(reader, config.batch_size, mix=dict(config.mix), chunk=window) as batches:
+    mix = dict(config.mix)
+    with Prefetcher(reader, config.batch_size, mix=mix, chunk=algorithm.window) as batches:
         while consumed < steps and not learner.stopping:
             taken = take(learner, cursor, segments, ANY_LAG)
             if not taken:
