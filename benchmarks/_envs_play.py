@@ -21,7 +21,9 @@ class Recording(NamedTuple):
     """What the scripted expert did in N environments over T steps."""
 
     actions: np.ndarray  # (T, N, 7)
-    controls: np.ndarray  # (T, N, servos), what reached the physics
+    controls: (
+        np.ndarray
+    )  # (T, K, N, servos), what reached the physics in each part of a control step
     start: np.ndarray  # (N, state) the physics' state at the beginning
     resets: list[tuple[np.ndarray, np.ndarray]]  # after each step: ids (n,) and their new states
     final: np.ndarray  # (N, state)
@@ -56,14 +58,24 @@ def record(env: Any, steps: int) -> Recording:
     simulation = env.simulation
     start = simulation.batch.state.copy()
     actions, controls, resets = [], [], []
+    parts: list[np.ndarray] = []
+    step = simulation.batch.step
+
+    def watched(*args: Any, **options: Any) -> Any:
+        parts.append(simulation.ctrl.copy())
+        return step(*args, **options)
+
+    simulation.batch.step = watched
     for k in range(steps):
+        parts.clear()
         actions.append(env.expert(noise=0.05))
         _, _, terminated, truncated, _ = env.step(actions[-1])
-        controls.append(simulation.ctrl.copy())
+        controls.append(np.array(parts))
         ended = due(k, terminated, truncated)
         if ended.any():
             env.reset(options={"reset_mask": ended})
         resets.append((np.flatnonzero(ended), simulation.batch.state[ended].copy()))
+    simulation.batch.step = step
     final = simulation.batch.state.copy()
     return Recording(np.array(actions), np.array(controls), start, resets, final)
 
@@ -100,8 +112,9 @@ class Bare:
         clock = Clock()
         for controls, (ended, states) in zip(recording.controls, recording.resets, strict=True):
             with clock:
-                self._controls[:] = controls
-                batch.step(nstep=scene.SUBSTEPS)
+                for part, count in zip(controls, scene.parts(len(controls)), strict=True):
+                    self._controls[:] = part
+                    batch.step(nstep=count)
             if tracer is not None:
                 tracer.look()
                 with clock:

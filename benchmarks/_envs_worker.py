@@ -105,9 +105,11 @@ class SingleEnv(gymnasium.Env):
     def advance(self, action: np.ndarray) -> None:
         """One control step."""
         data = self._data
-        _, joints, opening = self._controller.command(self._ids, action[None], data.qpos[None, :7])
-        data.ctrl[:7], data.ctrl[7:9] = joints[0], opening[0] * arm.FINGER_RANGE
-        self._mujoco.mj_step(self._model, data, scene.SUBSTEPS)
+        _, path, opening = self._controller.command(self._ids, action[None], data.qpos[None, :7])
+        data.ctrl[7:9] = opening[0] * arm.FINGER_RANGE
+        for point, count in zip(path[0], scene.parts(len(path[0])), strict=True):
+            data.ctrl[:7] = point
+            self._mujoco.mj_step(self._model, data, count)
         self._steps += 1
 
     def state(self) -> np.ndarray:

@@ -1,10 +1,15 @@
 """The control law's kernels against the same law in NumPy, written out here step by step."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
-from twins import control, kernels, kinematics, rotation
+from robot_bridge.motion import Smoother, between
+from twinrl.core.gripper import TOGGLED, Gripper, GripperKind
+from twinrl.core.interpolation import SMOOTHING, TICKS, weights
+from twins import control, kernels, kinematics, make_env, rotation, scene
 from twins.kinematics import BOX, MAX_SHIFT, MAX_TURN, REACH, REACH_TURN
 
 COUNT = 24
@@ -16,6 +21,7 @@ class Reference:
 
     def __init__(self, joints, latency):
         self.joints, self.latency = joints, latency
+        self.goals = [joints] * 3
         self.target, self.turn = kinematics.forward(joints)
         self.queue = [(self.target, self.turn, np.ones(len(joints)))] * control.PENDING
 
@@ -40,7 +46,9 @@ class Reference:
             for part in range(3)
         )
         self.joints = kinematics.solve(self.joints, target, turn)
-        return executed, self.joints, opening
+        self.goals = [self.joints, *self.goals[:2]]
+        path = np.einsum("km,mnj->nkj", weights(), np.array(self.goals))
+        return executed, path, opening
 
 
 def start(seed=0):
@@ -60,11 +68,12 @@ def test_every_step_is_that_of_the_law_in_numpy():
         disturbance = rng.normal(size=(COUNT, 6)) * 0.01 * (k % 2)
         wanted = reference.command(actions, measured, disturbance)
         found = controller.command(EVERYONE, actions, measured, disturbance)
-        for name, a, b in zip(("executed", "joints", "opening"), found, wanted, strict=True):
+        for name, a, b in zip(("executed", "path", "opening"), found, wanted, strict=True):
             np.testing.assert_allclose(a, b, atol=2e-5, err_msg=f"{name} of step {k}")
         np.testing.assert_allclose(controller.target.numpy(), reference.target, atol=2e-6)
         np.testing.assert_allclose(controller.turn.numpy(), reference.turn, atol=2e-6)
-        reference.joints = found[1].astype(float)
+        reference.joints = controller.joints.numpy()[:, 0].astype(float)
+        reference.goals[0] = reference.joints
         measured = measured + 0.6 * (reference.joints - measured)
     np.testing.assert_allclose(controller.actions.numpy()[:, 0], wanted[0], atol=1e-6)
 
@@ -163,7 +172,7 @@ def test_orientations_stay_rotations_over_a_long_episode():
     controller = control.Controller(COUNT)
     controller.begin(EVERYONE, joints, latency)
     for _ in range(2000):
-        joints = controller.command(EVERYONE, rng.normal(size=(COUNT, 7)), joints)[1].copy()
+        joints = controller.command(EVERYONE, rng.normal(size=(COUNT, 7)), joints)[1][:, -1].copy()
     turn = controller.turn.numpy().astype(float)
     eye = np.broadcast_to(np.eye(3), turn.shape)
     np.testing.assert_allclose(turn @ turn.swapaxes(1, 2), eye, atol=5e-6)
@@ -211,3 +220,81 @@ def test_ids_are_for_the_cpu_and_rows_must_fit():
     controller = control.Controller(2)
     with pytest.raises(ValueError, match="broadcast"):
         controller.command(np.arange(2), np.zeros((3, 7)), np.zeros((2, 7)))
+
+
+def test_set_points_are_those_of_an_arms_control_loop():
+    """The weighted sum of the last targets is what straight lines through two moving averages give, tick by tick."""
+    rng = np.random.default_rng(7)
+    targets = np.cumsum(rng.normal(size=(12, 6)) * 0.02, axis=0)
+    smoother = Smoother(targets[0], *SMOOTHING)
+    last = [targets[0]] * 3
+    for start, goal in itertools.pairwise(targets):
+        last = [goal, *last[:2]]
+        wanted = np.array([smoother(between(start, goal, k / TICKS)) for k in range(1, TICKS + 1)])
+        np.testing.assert_allclose(weights() @ np.array(last), wanted, atol=1e-12)
+    np.testing.assert_allclose(weights().sum(axis=1), 1.0)
+    with pytest.raises(ValueError, match="beyond one step"):
+        weights(4, (5, 4))
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        control.FREE,
+        GripperKind("continuous", step=0.1),
+        GripperKind("binary", busy_s=0.6),
+        GripperKind("binary", 0.2, 0.7, 0.25),
+        GripperKind("continuous", busy_s=0.3, step=0.05),
+    ],
+)
+def test_the_gripper_is_told_what_an_arms_driver_would_tell_it(kind):
+    """The same openings wanted, the same commands at the same time, of every kind and timing."""
+    rng, joints, latency = start(5)
+    controller = control.Controller(COUNT, gripper=kind)
+    controller.begin(EVERYONE, joints, 0 * latency)
+    arms = [Gripper(kind) for _ in EVERYONE]
+    actions = np.zeros((COUNT, 7))
+    toggles = 0
+    for k in range(60):
+        # In places it stays as it was: what was refused while busy counts later.
+        fresh = np.where(
+            rng.uniform(size=COUNT) < 0.4, rng.uniform(-0.1, 1.1, COUNT), actions[:, 6]
+        )
+        actions[:, 6] = np.where(rng.uniform(size=COUNT) < 0.2, np.round(fresh), fresh)
+        before = np.array([arm.commanded for arm in arms])
+        for arm, wanted in zip(arms, actions[:, 6], strict=True):
+            arm(float(np.float32(wanted)), k / scene.CONTROL_HZ + 1e-9 * k)
+        told = np.array([arm.commanded for arm in arms])
+        executed, _, opening = controller.command(EVERYONE, actions, joints)
+        np.testing.assert_allclose(executed[:, 6], told, atol=1e-6, err_msg=f"step {k}")
+        np.testing.assert_array_equal(executed[:, 6], opening)
+        np.testing.assert_array_equal(controller.toggled(EVERYONE), np.abs(told - before) > TOGGLED)
+        toggles += controller.toggled(EVERYONE).sum()
+    assert toggles > COUNT
+
+
+@pytest.mark.parametrize("weight", [-0.25, 0.0])
+def test_opening_and_closing_costs_what_the_toggle_term_says(weight):
+    env = make_env(
+        num_envs=2,
+        observe="state",
+        reward={"toggle": weight},
+        gripper={"kind": "binary", "busy_s": 0.3},
+    )
+    env.reset(seed=3)
+    actions = np.zeros((2, 8, 7), np.float32)
+    actions[0, :, 6] = [
+        1.0,
+        0.5,
+        0.0,
+        1.0,
+        1.0,
+        1.0,
+        0.45,
+        0.3,
+    ]  # closes, cannot open for 0.3 s, opens, cannot close
+    actions[1, :, 6] = 1.0
+    found = env.step_chunk(actions)
+    np.testing.assert_array_equal(found.action[0, :, 6], [1, 1, 0, 0, 0, 1, 1, 1])
+    np.testing.assert_allclose(found.reward[0], weight * np.array([0, 0, 1, 0, 0, 1, 0, 0]))
+    assert not found.reward[1].any()

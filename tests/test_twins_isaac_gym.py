@@ -66,12 +66,12 @@ def test_states_are_written_once_before_each_simulation(simulation, gymapi):
         simulation.configure(ids, [configuration()] * 2)
         simulation.configure(ids[:1], [configuration()])
     gymapi.HISTORY.clear()
-    simulation.step(ids, simulation.joints(ids), np.ones(2))
+    simulation.step(ids, simulation.joints(ids)[:, None], np.ones(2))
     assert gymapi.HISTORY.count("set_actor_root_state_tensor_indexed") == 1
     assert gymapi.HISTORY.count("set_dof_state_tensor_indexed") == 1
     assert gymapi.HISTORY.count("simulate") == 10  # 0.1 s at 100 Hz
     gymapi.HISTORY.clear()
-    simulation.step(ids, simulation.joints(ids), np.ones(2))
+    simulation.step(ids, simulation.joints(ids)[:, None], np.ones(2))
     assert "set_dof_state_tensor_indexed" not in gymapi.HISTORY, "nothing was stale"
 
 
@@ -82,7 +82,7 @@ def test_joints_in_another_order_are_found(simulation):
     simulation.configure(ids, [configuration()] * 2)
     goal = simulation.joints(ids) + np.linspace(-0.05, 0.07, 7)
     for _ in range(5):
-        simulation.step(ids, goal, np.ones(2))
+        simulation.step(ids, goal[:, None], np.ones(2))
     assert simulation.joints(ids) == pytest.approx(goal, abs=1e-3)
     assert simulation.snapshot(ids).width == pytest.approx([0.08, 0.08])
 
@@ -200,7 +200,7 @@ def test_the_stand_in_refuses_calls_out_of_order(simulation):
     gym, sim = simulation.gym, simulation.sim
     ids = np.arange(2)
     simulation.configure(ids, [configuration()] * 2)
-    simulation.step(ids, simulation.joints(ids), np.ones(2))
+    simulation.step(ids, simulation.joints(ids)[:, None], np.ones(2))
     with pytest.raises(AssertionError, match="prepared already"):
         gym.create_env(sim, None, None, 1)
     with pytest.raises(AssertionError, match="fetch_results"):

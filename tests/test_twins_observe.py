@@ -5,8 +5,8 @@ import pytest
 
 import twins
 from deploy.description import world_options
-from robot_bridge.driver import make_driver
-from robot_bridge.protocol import Job, differences, features_of, make_job
+from robot_bridge.driver import Commanded, make_driver
+from robot_bridge.protocol import Job, make_job
 from twinrl.core.errors import ConfigError
 from twinrl.core.segment import Schema
 from twinrl.env import PRIVILEGED, STATE
@@ -166,14 +166,15 @@ def test_the_simulated_arm_sends_what_the_twin_shows(observe):
     )
     assert Job.from_header(job.to_header()) == job
     driver = make_driver("sim", seed=1)
-    driver.connect(job)
-    assert differences(driver.features, features_of(schema)) == []
-    assert driver.state_names == spec.state_names
+    driver.connect(job, 50.0)
+    assert tuple(dimension.name for dimension in driver.dimensions) == spec.state_names
     driver.reset(None, "id")
-    observation = driver.read()
+    measured = driver.measure()
+    rest = np.zeros(7, np.float32)
+    observation = {STATE: driver.state(measured, Commanded(measured.pose, rest, rest))}
     assert set(observation) == {STATE}
     assert observation[STATE].shape == (schema.state_dim,)
-    np.testing.assert_allclose(driver.tool(), observation[STATE][:3], atol=1e-6)
+    np.testing.assert_allclose(measured.pose, observation[STATE][:6], atol=0.06)
     driver.disconnect()
 
 

@@ -64,7 +64,7 @@ def three(task="pick-and-place"):
 
 def move(simulation, ids, joint=0.1, opening=1.0):
     ids = np.asarray(ids)
-    simulation.step(ids, simulation.joints(ids) + joint, np.full(len(ids), opening))
+    simulation.step(ids, (simulation.joints(ids) + joint)[:, None], np.full(len(ids), opening))
 
 
 def same(first, second):
@@ -112,7 +112,7 @@ def test_what_is_not_stepped_stays_where_it_is(make):
     assert same(before, simulation.snapshot(np.array([1])))
     joints = simulation.joints(np.arange(3))
     assert (joints[0] > joints[1]).all()
-    simulation.step(np.array([1]), joints[1:2], np.ones(1))  # and goes on from there
+    simulation.step(np.array([1]), joints[1:2, None], np.ones(1))  # and goes on from there
     assert simulation.joints(np.array([1])) == pytest.approx(joints[1:2], abs=1e-3)
 
 
@@ -121,7 +121,7 @@ def test_arms_go_where_they_are_told(make):
     simulation.configure(ids, three())
     goal = np.array(simulation.scene["arm"]["home"]) + np.array([[0.1], [-0.1], [0.0]])
     for _ in range(5):
-        simulation.step(ids, goal, np.array([1.0, 0.5, 0.0]))
+        simulation.step(ids, goal[:, None], np.array([1.0, 0.5, 0.0]))
     assert simulation.joints(ids) == pytest.approx(goal, abs=1e-3)
     assert simulation.snapshot(ids).width == pytest.approx([0.08, 0.04, 0.0], abs=1e-3)
 

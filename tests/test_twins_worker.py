@@ -50,9 +50,9 @@ class Troubled(ExampleSimulation):
         self.trouble = Path(trouble)
         self._what("made")
 
-    def step(self, ids, joints, gripper):
+    def step(self, ids, path, gripper):
         self._what("step")
-        super().step(ids, joints, gripper)
+        super().step(ids, path, gripper)
 
     def _what(self, when):
         what = self.trouble.read_text().split() if self.trouble.exists() else []
@@ -191,7 +191,7 @@ def play(simulation, steps=3):
     seen = [simulation.snapshot(ids), simulation.joints(ids)]
     for n in range(steps):
         joints = simulation.joints(some) + 0.02 * (n + 1)
-        simulation.step(some, joints, np.array([1.0, 0.2]))
+        simulation.step(some, joints[:, None], np.array([1.0, 0.2]))
         seen += [simulation.snapshot(some), simulation.joints(ids), simulation.images(some)]
     simulation.configure(some[1:], configurations(1, first=7))
     return (*seen, simulation.snapshot(ids), simulation.images(ids))
@@ -228,7 +228,7 @@ class TestBorder:
         before = remote.stats()["worker/calls"]
         for _ in range(4):
             remote.hide(ids, {})
-            remote.step(ids, remote.joints(ids), np.ones(3))
+            remote.step(ids, remote.joints(ids)[:, None], np.ones(3))
             remote.snapshot(ids[1:]), remote.joints(ids)
         assert remote.stats()["worker/calls"] - before == 4
 
@@ -261,8 +261,8 @@ class TestBorder:
         pid = remote.pid
         troubled.cause("step once mistake")
         with pytest.raises(RemoteError, match=r"(?s)in step.*ValueError: joints of the wrong kind"):
-            remote.step(ids, remote.joints(ids), np.ones(3))
-        remote.step(ids, np.zeros((3, 7)), np.ones(3))  # and nothing is lost
+            remote.step(ids, remote.joints(ids)[:, None], np.ones(3))
+        remote.step(ids, np.zeros((3, 1, 7)), np.ones(3))  # and nothing is lost
         assert remote.pid == pid
 
 
@@ -282,9 +282,9 @@ class TestLoss:
         before, pid = remote.snapshot(ids), remote.pid
         troubled.cause(f"step once {what}")
         with pytest.raises(SimulationLost, match=words):
-            remote.step(ids, np.zeros((3, 7)), np.ones(3))
+            remote.step(ids, np.zeros((3, 1, 7)), np.ones(3))
         with pytest.raises(SimulationLost, match=r"environments \[1\] went with their worker"):
-            remote.step(ids[1:2], np.zeros((1, 7)), np.ones(1))
+            remote.step(ids[1:2], np.zeros((1, 1, 7)), np.ones(1))
         assert not alive(pid)
         remote.configure(ids, configurations(3))
         assert same(remote.snapshot(ids), before)
@@ -302,7 +302,7 @@ class TestLoss:
         thread = threading.Thread(target=kill)
         thread.start()
         with pytest.raises(SimulationLost, match=r"step.* was killed by SIGKILL"):
-            remote.step(ids, np.zeros((3, 7)), np.ones(3))
+            remote.step(ids, np.zeros((3, 1, 7)), np.ones(3))
         thread.join()
 
     def test_a_hanging_worker_is_killed(self, troubled):
@@ -311,7 +311,7 @@ class TestLoss:
         pid = remote.pid
         troubled.cause("step once hang")
         with pytest.raises(SimulationLost, match=r"did not do step.* within 2 s"):
-            remote.step(ids, np.zeros((3, 7)), np.ones(3))
+            remote.step(ids, np.zeros((3, 1, 7)), np.ones(3))
         assert not alive(pid)
         remote.configure(ids, configurations(3))
 
@@ -356,7 +356,7 @@ class TestLoss:
         troubled.cause("made always speak")
         kill(remote.pid)
         with pytest.raises(SimulationLost):
-            remote.step(ids, np.zeros((3, 7)), np.ones(3))
+            remote.step(ids, np.zeros((3, 1, 7)), np.ones(3))
         with pytest.raises(ProcessDied, match=r"(?s)lost 3 times.*given up.*the last words"):
             remote.configure(ids, configurations(3))
 
@@ -530,7 +530,7 @@ class TestByHand:
         worker.stop()
         worker.start()
         with pytest.raises(SimulationLost, match=r"restarted|started again"):
-            remote.step(ids, np.zeros((3, 7)), np.ones(3))
+            remote.step(ids, np.zeros((3, 1, 7)), np.ones(3))
         remote.configure(ids, configurations(3))
         assert remote.pid == worker.popen.pid
 
@@ -541,7 +541,7 @@ class TestByHand:
         remote.configure(ids, configurations(3))
         worker.stop()
         with pytest.raises(SimulationLost, match="no sign of life"):
-            remote.step(ids, np.zeros((3, 7)), np.ones(3))
+            remote.step(ids, np.zeros((3, 1, 7)), np.ones(3))
 
     def test_options_of_the_command_line_come_first(self, make, by_hand):
         worker = by_hand("--options", '{"image_size": 32}')

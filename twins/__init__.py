@@ -36,6 +36,7 @@ def make_env(
     instruction: str | None = None,
     errands: Sequence[str] | None = None,
     observe: str = "images",
+    gripper: dict[str, Any] | None = None,
 ) -> Env:
     """`num_envs` environments of `task` in the simulator `backend`.
 
@@ -50,6 +51,7 @@ def make_env(
     `threads` are the physics' and the CPU tracer's. `render=False` leaves images out.
     `observe` says how things are seen: by "images", or by their measured poses in `observation.state`, in the base
     frame ("state") or from the hand ("relative"), without cameras (`twins.observe`).
+    `gripper` says how the gripper takes commands, fields of `twinrl.core.gripper.GripperKind`: each at once when absent.
     `options` go to the backend; one that brings its own tasks decides about their reward, regions and randomisation
     itself. `cameras` are the task's when absent. `python` is the interpreter in which the simulator runs, as a
     process of its own; `options["worker"]` says more about that process, or where one was started by hand
@@ -79,6 +81,7 @@ def make_env(
             regions=regions,
             errands=errands,
             observe=observe != "images",
+            gripper=gripper,
         )
         return found.load(worker)(task, num_envs, device=device, **common, **options)
 
@@ -100,6 +103,7 @@ def make_env(
         regions=regions,
         errands=errands,
         observe=observe,
+        gripper=gripper,
         **common,
     )
 
@@ -161,6 +165,7 @@ def _refuse(backend: str, **given: Any) -> None:
         "errands": "has no errands (task.errands)",
         "regions": "has regions of its own (task.regions)",
         "observe": "decides about its observation itself (task.observe)",
+        "gripper": "has a gripper of its own (twins.gripper)",
     }
     wrong = [reasons[name] for name, value in given.items() if value]
     if wrong:

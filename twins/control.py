@@ -1,19 +1,25 @@
 """The control law: from actions to joint targets, one launch for all environments, on the CPU or on CUDA.
 
 An action moves the commanded tool pose, which may lead the measured one by so much; differential inverse
-kinematics (`kinematics.solve` is the same in NumPy) turns the pose, as late as the latency says, into joint targets.
+kinematics (`kinematics.solve` is the same in NumPy) turns the pose, as late as the latency says, into joint targets,
+which the set-points approach as those of a real arm do (`twinrl.core.interpolation`).
 Nothing here waits for a device or looks at values on the host, so every launch can be part of a CUDA graph.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 import warp as wp
 
-from twins import kernels, kinematics
+from twinrl.core.gripper import TOGGLED, GripperKind
+from twinrl.core.interpolation import HISTORY, TICKS, weights
+from twins import kernels, kinematics, scene
 from twins.kernels import PENDING, Seven, Six, State
+
+FREE = GripperKind("continuous", step=0.0)  # every command counts, at once
 
 
 class Controller:
@@ -21,34 +27,42 @@ class Controller:
 
     Environments take part by `ids` (n,), with NumPy arrays in their order, or all at once with a mask and arrays
     of the device (warp's or torch's): these launches wait for nothing. `target` (N,) vec3, `turn` (N,) mat33,
-    `joints` (N,) 7 and `actions` (N, 2) 7, the newest first, are warp arrays of the device; on the CPU `.numpy()`
+    `joints` (N, HISTORY) 7 and `actions` (N, 2) 7, the newest first, are warp arrays of the device; on the CPU `.numpy()`
     of them is a view.
     """
 
     def __init__(
-        self, count: int, *, device: str = "cpu", box: np.ndarray = kinematics.BOX
+        self,
+        count: int,
+        *,
+        device: str = "cpu",
+        box: np.ndarray = kinematics.BOX,
+        gripper: GripperKind = FREE,
     ) -> None:
         """`box` (2, 3) in m is where the commanded tcp may go: its low and high corners."""
         self.count, self.device = count, wp.get_device(device)
-        self._box = wp.vec3(*box[0]), wp.vec3(*box[1])
+        self._limits = wp.vec3(*box[0]), wp.vec3(*box[1]), _law(gripper)
 
         def zeros(dtype: Any, *shape: int) -> wp.array:
             return wp.zeros((count, *shape), dtype=dtype, device=self.device)
 
         self.target, self.turn = zeros(wp.vec3), zeros(wp.mat33)
-        self.joints, self.actions = zeros(Seven), zeros(Seven, 2)
+        self.joints, self.actions = zeros(Seven, HISTORY), zeros(Seven, 2)
         self.latency = zeros(wp.int32)
         self._pending = (
             zeros(wp.vec3, PENDING),
             zeros(wp.mat33, PENDING),
             zeros(wp.float32, PENDING),
+            zeros(wp.int32),  # steps for which the gripper takes no command
         )
         self._state = (self.latency, self.joints, self.target, self.turn, *self._pending)
         # What launches read and write, a row for each environment that takes part.
         self._ids = wp.array(np.arange(count), dtype=wp.int32, device=self.device)
         self._everyone = wp.array(np.ones(count), dtype=wp.bool, device=self.device)
         self._still = zeros(Six)
-        self.executed, self.goal, self.opening = zeros(Seven), zeros(Seven), zeros(wp.float32)
+        self.executed, self.opening = zeros(Seven), zeros(wp.float32)
+        self.path = zeros(Seven, TICKS)
+        self.weights = wp.array(weights(), dtype=wp.float32, device=self.device)
         self.state = zeros(State)
         self._host = _Host(self) if self.device.is_cpu else None
 
@@ -64,7 +78,7 @@ class Controller:
         self, actions: Any, measured: Any, active: Any, disturbance: Any | None = None
     ) -> tuple[wp.array, wp.array, wp.array]:
         """One control step where `active` (N,) bool, of `actions` (N, 7), measured joints (N, 7) and an unseen
-        `disturbance` (N, 6), all float32: executed actions (N,) 7, joint targets (N,) 7 and openings (N,).
+        `disturbance` (N, 6), all float32: executed actions (N,) 7, joint set-points (N, TICKS) 7 and openings (N,).
 
         Where not active nothing is written: rows keep what the last step gave.
         """
@@ -74,9 +88,9 @@ class Controller:
             _array(measured, Seven),
             _array(active, wp.bool),
         )
-        found = self.executed, self.goal, self.opening
-        given = self._ids, mask, wanted, joints, unseen, *self._box
-        self._launch(kernels.command, [*given, *self._state, self.actions, *found])
+        found = self.executed, self.path, self.opening
+        given = self._ids, mask, wanted, joints, unseen, *self._limits
+        self._launch(kernels.command, [*given, *self._state, self.actions, self.weights, *found])
         return found
 
     def observe_all(
@@ -105,7 +119,7 @@ class Controller:
         measured: np.ndarray,
         disturbance: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """One control step of `ids`: executed actions (n, 7), joint targets (n, 7), gripper openings (n,).
+        """One control step of `ids`: executed actions (n, 7), joint set-points (n, TICKS, 7), gripper openings (n,).
 
         `actions` (n, 7) are clipped to the limits of a step; `measured` (n, 7) are the joint angles, and
         `disturbance` (n, 6) moves the commanded pose unseen. The results are overwritten by the next call.
@@ -126,6 +140,10 @@ class Controller:
         """
         return self._here().observe(ids, tcp, turn, width, disturbance)
 
+    def toggled(self, ids: np.ndarray) -> np.ndarray:
+        """(n,) bool: the last step opened or closed the gripper of `ids`."""
+        return self._here().toggled(ids)
+
     def noise(
         self, seed: np.ndarray, step: np.ndarray, spread: np.ndarray, stream: int
     ) -> np.ndarray:
@@ -138,6 +156,14 @@ class Controller:
                 f"environments by ids need the CPU, this controller is on {self.device}"
             )
         return self._host
+
+
+def _law(kind: GripperKind) -> Any:
+    law = kernels.Gripper()
+    law.binary = kind.checked().kind == "binary"
+    law.close_below, law.open_above, law.step = kind.close_below, kind.open_above, kind.step
+    law.busy = max(0, math.ceil(kind.busy_s * scene.CONTROL_HZ - 1e-9) - 1)
+    return law
 
 
 class _Host:
@@ -157,16 +183,16 @@ class _Host:
         self._ids, self._joints, self._wanted = ids.numpy(), joints.numpy(), wanted.numpy()
         self._unseen, self._late = unseen.numpy(), late.numpy()
         self._seen = tcp.numpy(), turn.numpy(), width.numpy()
-        self._results = own.executed.numpy(), own.goal.numpy(), own.opening.numpy()
-        self._state = own.state.numpy()
+        self._results = own.executed.numpy(), own.path.numpy(), own.opening.numpy()
+        self._state, self._opened = own.state.numpy(), own.actions.numpy()[:, :, 6]
         head: tuple[wp.array, ...] = (ids, own._everyone)
-        results = own.executed, own.goal, own.opening
+        results = own.weights, own.executed, own.path, own.opening
 
         def prepared(kernel: wp.Kernel, *inputs: Any) -> wp.Launch:
             return wp.launch(kernel, count, inputs=[*head, *inputs], device="cpu", record_cmd=True)
 
         self._begin = prepared(kernels.begin, joints, late, *own._state, own.actions)
-        command = wanted, joints, unseen, *own._box, *own._state, own.actions, *results
+        command = wanted, joints, unseen, *own._limits, *own._state, own.actions, *results
         self._command = prepared(kernels.command, *command)
         observe = tcp, turn, width, unseen, own.target, own.turn, own.actions, own.state
         self._observe = prepared(kernels.observe, *observe)
@@ -200,8 +226,12 @@ class _Host:
         self._joints[:n] = measured
         self._unseen[:n] = 0.0 if disturbance is None else disturbance
         self._run(self._command, ids)
-        executed, goal, opening = self._results
-        return executed[:n], goal[:n], opening[:n]
+        executed, path, opening = self._results
+        return executed[:n], path[:n], opening[:n]
+
+    def toggled(self, ids: np.ndarray) -> np.ndarray:
+        newest, earlier = self._opened[ids].T
+        return np.abs(newest - earlier) > TOGGLED
 
     def observe(
         self,

@@ -13,10 +13,19 @@ import numpy as np
 import torch
 import warp as wp
 
+from twinrl.core.gripper import TOGGLED
 from twinrl.env import ACTION_DIM, PRIVILEGED, STATE, ChunkStep, Observation, image_key
 from twins import control, rotation
 from twins.device_worlds import DeviceWorlds
-from twins.env import ACTION_STREAM, MAX_SHIFT, MAX_TURN, STATE_STREAM, SUCCESS, TwinEnv
+from twins.env import (
+    ACTION_STREAM,
+    MAX_SHIFT,
+    MAX_TURN,
+    STATE_STREAM,
+    SUCCESS,
+    TOGGLE,
+    TwinEnv,
+)
 from twins.errands import ERRAND, errand_number
 from twins.observe import seed_of_thing
 from twins.snapshot import Snapshot
@@ -49,11 +58,14 @@ class DeviceTwinEnv(TwinEnv):
             return torch.zeros((count, *shape), dtype=dtype, device=self.device)
 
         self._configurations: list[dict[str, Any]] = [{} for _ in range(count)]
-        self._controller = control.Controller(count, device=str(worlds.device))
+        self._controller = control.Controller(
+            count, device=str(worlds.device), gripper=self.gripper
+        )
         controller = self._controller
         self._target, self._turn = wp.to_torch(controller.target), wp.to_torch(controller.turn)
-        self._executed, self._goal = wp.to_torch(controller.executed), wp.to_torch(controller.goal)
+        self._executed, self._path = wp.to_torch(controller.executed), wp.to_torch(controller.path)
         self._opening = wp.to_torch(controller.opening)
+        self._commanded = wp.to_torch(controller.actions)
         self._state_noise, self._action_noise, self._pose_noise = zeros(), zeros(), zeros()
         self._drawn_noise = zeros(6)
         self._seeds, self._steps = zeros(dtype=torch.int32), zeros(dtype=torch.int32)
@@ -213,7 +225,7 @@ class DeviceTwinEnv(TwinEnv):
         with worlds.here():
             unseen = self._noise(self._action_noise, ACTION_STREAM)
             self._controller.command_all(actions, worlds.joints, active, unseen)
-        worlds.step(self._goal, self._opening, active)
+        worlds.step(self._path, self._opening, active)
         went = active & ~worlds.diverged
         self._invalid |= active & worlds.diverged
         self._steps += went
@@ -234,7 +246,7 @@ class DeviceTwinEnv(TwinEnv):
         truncated = (self._steps >= self.max_steps) & ~terminated
         reward = self.reward[SUCCESS] * success.float()
         if len(self.reward) > 1:
-            terms = self.task.terms(now, gripper)
+            terms = {TOGGLE: self._toggled(), **self.task.terms(now, gripper)}
             reward += sum(w * terms[name] for name, w in self.reward.items() if name != SUCCESS)
         for kept, new in (
             (self._success, success),
@@ -243,6 +255,11 @@ class DeviceTwinEnv(TwinEnv):
             (self._reward, reward),
         ):
             kept.copy_(torch.where(went, new, kept))
+
+    def _toggled(self) -> Tensor:
+        """(N,) bool: the last step opened or closed the gripper."""
+        newest, earlier = self._commanded[:, 0, 6], self._commanded[:, 1, 6]
+        return (newest - earlier).abs() > TOGGLED
 
     def check(self) -> None:
         """Look at what went wrong: count and tell of invalid episodes, raise on a caller's or a setting's mistake.

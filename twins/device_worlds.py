@@ -16,6 +16,7 @@ import numpy as np
 import warp as wp
 from array_api_compat import array_namespace
 
+from twinrl.core.interpolation import TICKS
 from twins import arm, control, device_kernels, kinematics, rotation, scene
 from twins.device_draws import PER_WORLD, ConfigurationArrays, Layout
 from twins.tasks.task import Snapshot, Task
@@ -29,8 +30,8 @@ ARM = slice(0, kinematics.JOINTS)
 GRIPPER = slice(kinematics.JOINTS, kinematics.JOINTS + 2)
 FARTHEST, FASTEST = 10.0, 1000.0  # m or rad, m/s or rad/s: beyond these a simulation has diverged
 GRAPH_STEPS = (
-    10  # physics steps in a graph, which a control step replays SUBSTEPS / GRAPH_STEPS times
-)
+    scene.SUBSTEPS // TICKS
+)  # physics steps in a graph, which a control step replays for each set-point
 # Room for each environment. The tasks' experts were seen to need 19 contacts, in the mean, and 140 constraints.
 CONTACTS, CONSTRAINTS = 48, 256
 # What makes a step wrong. The solver's limits of iterations are not among these: C MuJoCo has the same.
@@ -196,18 +197,18 @@ class DeviceWorlds:
         inputs = self._active, data.overflow, OVERFLOW, self._diverged, *self._safe
         wp.launch(device_kernels.settle, self.count, inputs=[*inputs, *self._moving, self._spilled])
 
-    def step(self, goal: Array, opening: Array, active: Array) -> None:
-        """One control step of `active` (N,) bool towards joints `goal` (N, 7) and gripper openings (N,), 0 to 1.
+    def step(self, path: Array, opening: Array, active: Array) -> None:
+        """One control step of `active` (N,) bool along joint set-points (N, TICKS, 7), to gripper openings (N,), 0 to 1.
 
         Afterwards `diverged` (N,) bool names simulations whose step failed. They stand where they stood before, as do
         those that were not active.
         """
         self.active.copy_(active)
-        self.ctrl[:, ARM] = goal
         self.ctrl[:, GRIPPER] = opening[:, None] * arm.FINGER_RANGE
         with self.here():
             self._replay("begin")
-            for _ in range(scene.SUBSTEPS // GRAPH_STEPS):
+            for k in range(TICKS):
+                self.ctrl[:, ARM] = path[:, k]
                 self._replay("substeps")
             self._replay("end")
 

@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from twinrl.env import ACTION_DIM, PRIVILEGED, STATE, ChunkStep, EnvSpec, Observation, image_key
 from twins import kinematics, randomise, rotation, scene
 from twins.backends.contract import Simulation, SimulationLost
-from twins.control import Controller, seed_of
+from twins.control import FREE, Controller, seed_of
 from twins.errands import ERRAND, complete_errand, draw_errand, errand_number, offered
 from twins.kinematics import MAX_SHIFT, MAX_TURN
 from twins.observe import STATE_NAMES, Poses, seed_of_thing
@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 JOINT_NOISE = 0.06  # rad, standard deviation of the arm's start
 SUCCESS = "success"  # the reward's sparse term
+TOGGLE = (
+    "toggle"  # 1 in each step that opens or closes the gripper; a job gives it a weight below 0
+)
 ACTION_STREAM, STATE_STREAM = 0, 1  # of the noise
 FARTHEST, FASTEST = 10.0, 1000.0  # m, m/s or rad/s: beyond these a simulation has diverged
 MakeSimulation = Callable[..., Simulation]
@@ -95,6 +98,7 @@ class TwinEnv(VectorEnv):
         instruction: str | None = None,
         errands: Sequence[str] | None = None,
         observe: str = "images",
+        gripper: Mapping[str, Any] | None = None,
     ):
         """`make_simulation(task, num_envs, cameras=, image_size=)` gives the simulator; see `twins.make_env`."""
         if num_envs < 1:
@@ -108,6 +112,7 @@ class TwinEnv(VectorEnv):
         self.region = check_region(region, self.regions)
         self.errands = offered(task, errands, instruction)  # that resets draw from
         self.reward = _checked_reward(task, reward)
+        self.gripper = FREE._replace(**(gripper or {})).checked()
         self.variant = variant
         self.randomisation = randomise.scales(randomisation, task.randomisation)
         self.cameras, self.image_size = tuple(cameras), image_size
@@ -151,7 +156,7 @@ class TwinEnv(VectorEnv):
     def _allocate(self) -> None:
         count = self.num_envs
         self._configurations: list[dict[str, Any]] = [{} for _ in range(count)]
-        self._controller = Controller(count)
+        self._controller = Controller(count, gripper=self.gripper)
         # Of each episode: where its noise comes from, and how strong it is.
         self._seeds = np.zeros(count, np.int32)
         self._state_noise, self._action_noise, self._pose_noise = np.zeros((3, count), np.float32)
@@ -342,10 +347,14 @@ class TwinEnv(VectorEnv):
             measured = self.simulation.joints(ids)
             actions, joints, opening = self._controller.command(ids, actions, measured, unseen)
             self.simulation.step(ids, joints, opening)
-            now = self._look(ids)
+            return self._account(ids, actions)
         except SimulationLost as error:
             self._fail(np.arange(self.num_envs), str(error))
             return actions[:0], ids[:0]
+
+    def _account(self, ids: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Observe and judge the control step that has just been simulated; what `_advance` returns."""
+        now = self._look(ids)
         self._steps[ids] += 1
         good = _sound(now)
         if not good.all():
@@ -381,7 +390,7 @@ class TwinEnv(VectorEnv):
         self._truncated[ids] = (self._steps[ids] >= self.max_steps) & ~self._terminated[ids]
         reward = self.reward[SUCCESS] * success.astype(np.float32)
         if len(self.reward) > 1:
-            terms = self.task.terms(now, gripper)
+            terms = {TOGGLE: self._controller.toggled(ids), **self.task.terms(now, gripper)}
             reward += sum(w * terms[name] for name, w in self.reward.items() if name != SUCCESS)
         self._reward[ids] = reward
 
@@ -467,7 +476,7 @@ class TwinEnv(VectorEnv):
 
 
 def _checked_reward(task: Task, weights: Mapping[str, float] | None) -> dict[str, float]:
-    known = (SUCCESS, *task.term_names)
+    known = (SUCCESS, TOGGLE, *task.term_names)
     for name in weights or {}:
         if name not in known:
             close = difflib.get_close_matches(name, known, 1, cutoff=0.4)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import warp as wp
 
+from twinrl.core import interpolation
 from twins import kinematics
 from twins.randomise import MAX_LATENCY
 
@@ -44,8 +45,20 @@ _DAMPING = wp.constant(kinematics.DAMPING**2)
 _POSTURE, _MAX_STEP = wp.constant(kinematics.POSTURE), wp.constant(kinematics.MAX_STEP)
 _MAX_SHIFT, _MAX_TURN = wp.constant(kinematics.MAX_SHIFT), wp.constant(kinematics.MAX_TURN)
 _REACH, _REACH_TURN = wp.constant(kinematics.REACH), wp.constant(kinematics.REACH_TURN)
+_HISTORY, _TICKS = wp.constant(interpolation.HISTORY), wp.constant(interpolation.TICKS)
 _PENDING, _ACTION = wp.constant(PENDING), wp.constant(ACTION)
 _SMALL = wp.constant(1e-6)
+
+
+@wp.struct
+class Gripper:
+    """A gripper's law (`twinrl.core.gripper.GripperKind`), its times in control steps."""
+
+    binary: wp.bool
+    close_below: float
+    open_above: float
+    step: float
+    busy: int
 
 
 @wp.func
@@ -156,6 +169,20 @@ def _towards(joints: Seven, position: wp.vec3, turn: wp.mat33) -> Seven:
     return found
 
 
+@wp.func
+def _opened(law: Gripper, wanted: float, commanded: float) -> float:
+    """The opening that a free gripper is told."""
+    if law.binary:
+        if wanted < law.close_below:
+            return 0.0
+        if wanted > law.open_above:
+            return 1.0
+        return commanded
+    if wanted == 0.0 or wanted == 1.0 or wp.abs(wanted - commanded) >= law.step - 1e-6:
+        return wanted
+    return commanded
+
+
 @wp.kernel
 def begin(
     ids: Ids,
@@ -163,12 +190,13 @@ def begin(
     start: wp.array(dtype=Seven),
     late: wp.array(dtype=wp.int32),
     latency: wp.array(dtype=wp.int32),
-    joints: wp.array(dtype=Seven),
+    joints: wp.array2d(dtype=Seven),
     target: wp.array(dtype=wp.vec3),
     turn: wp.array(dtype=wp.mat33),
     pending_target: wp.array2d(dtype=wp.vec3),
     pending_turn: wp.array2d(dtype=wp.mat33),
     pending_gripper: wp.array2d(dtype=wp.float32),
+    busy: wp.array(dtype=wp.int32),
     actions: wp.array2d(dtype=Seven),
 ):
     """Start episodes with joints `start`, whose commands reach the servos `late` steps later."""
@@ -177,7 +205,8 @@ def begin(
     if not active[i]:
         return
     latency[i] = wp.clamp(late[row], 0, _PENDING - 1)
-    joints[i] = start[row]
+    for m in range(_HISTORY):
+        joints[i, m] = start[row]
     tip, tool = _tool(start[row])
     target[i] = tip
     turn[i] = tool
@@ -185,6 +214,7 @@ def begin(
         pending_target[i, k] = tip
         pending_turn[i, k] = tool
         pending_gripper[i, k] = 1.0
+    busy[i] = 0
     rest = Seven()
     rest[6] = 1.0
     actions[i, 0] = rest
@@ -200,19 +230,23 @@ def command(
     disturbance: wp.array(dtype=Six),
     low: wp.vec3,
     high: wp.vec3,
+    law: Gripper,
     latency: wp.array(dtype=wp.int32),
-    joints: wp.array(dtype=Seven),
+    joints: wp.array2d(dtype=Seven),
     target: wp.array(dtype=wp.vec3),
     turn: wp.array(dtype=wp.mat33),
     pending_target: wp.array2d(dtype=wp.vec3),
     pending_turn: wp.array2d(dtype=wp.mat33),
     pending_gripper: wp.array2d(dtype=wp.float32),
+    busy: wp.array(dtype=wp.int32),
     actions: wp.array2d(dtype=Seven),
+    weights: wp.array2d(dtype=wp.float32),
     executed: wp.array(dtype=Seven),
-    goal: wp.array(dtype=Seven),
+    path: wp.array2d(dtype=Seven),
     opening: wp.array(dtype=wp.float32),
 ):
-    """One control step: `wanted` actions move the commanded pose, joint targets `goal` follow it."""
+    """One control step: `wanted` actions move the commanded pose, joint targets `joints` (the newest first) follow it,
+    and set-points `path` go from the last to the newest (`twinrl.core.interpolation`)."""
     row = wp.tid()
     i = ids[row]
     if not active[i]:
@@ -220,7 +254,14 @@ def command(
     asked, unseen = wanted[row], disturbance[row]
     shift = _shorten(wp.vec3(asked[0], asked[1], asked[2]), _MAX_SHIFT)
     spin = _shorten(wp.vec3(asked[3], asked[4], asked[5]), _MAX_TURN)
-    gripper = wp.clamp(asked[6], 0.0, 1.0)
+    gripper = actions[i, 0][6]
+    if busy[i] > 0:
+        busy[i] = busy[i] - 1
+    else:
+        commanded = gripper
+        gripper = _opened(law, wp.clamp(asked[6], 0.0, 1.0), commanded)
+        if gripper != commanded:
+            busy[i] = law.busy
     action = Seven(shift[0], shift[1], shift[2], spin[0], spin[1], spin[2], gripper)
     executed[row] = action
     actions[i, 1] = actions[i, 0]
@@ -246,11 +287,17 @@ def command(
     pending_gripper[i, 0] = gripper
 
     late = latency[i]
-    found = joints[i]
+    found = joints[i, 0]
     for _ in range(_ITERATIONS):
         found = _towards(found, pending_target[i, late], pending_turn[i, late])
-    joints[i] = found
-    goal[row] = found
+    for m in range(1, _HISTORY):
+        joints[i, _HISTORY - m] = joints[i, _HISTORY - m - 1]
+    joints[i, 0] = found
+    for k in range(_TICKS):
+        point = Seven()
+        for m in range(_HISTORY):
+            point += weights[k, m] * joints[i, m]
+        path[row, k] = point
     opening[row] = pending_gripper[i, late]
 
 

@@ -14,6 +14,14 @@ from twins.tasks.task import ARM, GRIPPER, TABLE, Task
 TIMESTEP = 0.002  # s; grasps slip from 4 ms on
 SUBSTEPS = 50  # of a control step: 10 Hz
 CONTROL_HZ = 1.0 / (TIMESTEP * SUBSTEPS)
+
+
+def parts(count: int, steps: int = SUBSTEPS) -> list[int]:
+    """The physics steps of each of `count` parts of a control step of `steps`: as even as whole numbers can be."""
+    ends = [round((k + 1) * steps / count) for k in range(count)]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
 CAMERAS = ("side", "wrist")
 TABLE_CENTRE, TABLE_HALF = (0.5, 0.0), (0.42, 0.6)  # m
 LIGHT = 0.6  # diffuse intensity of the lamp

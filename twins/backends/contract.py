@@ -41,8 +41,8 @@ class Simulation(Protocol):
         A configuration holds `joints` (7,) rad off HOME, a pose for each thing, and `draw` (`twins.randomise`).
         """
 
-    def step(self, ids: np.ndarray, joints: np.ndarray, gripper: np.ndarray) -> None:
-        """One control step of `ids` towards joint targets (n, 7) rad and gripper openings (n,), 0 to 1.
+    def step(self, ids: np.ndarray, path: np.ndarray, gripper: np.ndarray) -> None:
+        """One control step of `ids` along joint set-points (n, K, 7) rad, each for a K-th of it, to gripper openings (n,), 0 to 1.
 
         A simulation that diverges must not disturb the others; its snapshot shows it (not finite, or absurd).
         """

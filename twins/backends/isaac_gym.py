@@ -165,8 +165,8 @@ class IsaacGym(Lockstep):
             if not self._on_gpu:
                 self.gym.fetch_results(self.sim, True)
 
-    def _advance(self, targets: np.ndarray) -> None:
-        self._simulate(self._steps)
+    def _advance(self, targets: np.ndarray, steps: int) -> None:
+        self._simulate(steps)
 
     def _tick(self) -> None:
         self._simulate(1)

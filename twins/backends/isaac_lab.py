@@ -106,8 +106,8 @@ class IsaacLab(Lockstep):
             self._sim.step(render=False)
             self._scene.update(self._seconds)
 
-    def _advance(self, targets: np.ndarray) -> None:
-        self._simulate(self._steps)
+    def _advance(self, targets: np.ndarray, steps: int) -> None:
+        self._simulate(steps)
 
     def _tick(self) -> None:
         self._simulate(1)

@@ -143,8 +143,10 @@ class Lockstep:
         """Set the simulator's state of `ids`: dofs (n, J, 2) and poses and velocities of `movable` (n, M, 13)."""
         raise NotImplementedError
 
-    def _advance(self, targets: np.ndarray) -> None:
-        """One control step of all environments towards joint targets (N, J)."""
+    _steps = 1  # physics steps of a control step
+
+    def _advance(self, targets: np.ndarray, steps: int) -> None:
+        """So many physics steps of all environments towards joint targets (N, J)."""
         raise NotImplementedError
 
     def _tick(self) -> None:
@@ -218,13 +220,18 @@ class Lockstep:
         self._roots[ids, row, :2], self._roots[ids, row, 2] = at[:, :2], body.height
         self._roots[ids, row, 3:7] = quaternion(turned(yaw))
 
-    def step(self, ids: np.ndarray, joints: np.ndarray, gripper: np.ndarray) -> None:
+    def step(self, ids: np.ndarray, path: np.ndarray, gripper: np.ndarray) -> None:
         """See the contract."""
         ids = np.asarray(ids)
-        self._targets[ids, :JOINTS] = joints
         self._targets[ids, JOINTS:] = np.asarray(gripper)[:, None] * self._open
         self._refresh()
-        self._advance(self._targets)
+        done, parts = 0, path.shape[1]
+        for k in range(parts):
+            steps = round((k + 1) * self._steps / parts) - done
+            if steps:  # a simulator whose steps are longer takes the later set-points only
+                self._targets[ids, :JOINTS] = path[:, k]
+                self._advance(self._targets, steps)
+                done += steps
         dofs, roots, pressing = self._read()
         self._dofs[ids], self._pressing[ids] = dofs[ids], pressing[ids]
         moves = [i for i, body in enumerate(self.movable) if body.role == "free"]

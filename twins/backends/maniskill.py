@@ -106,8 +106,8 @@ class ManiSkill(Lockstep):
         if self._gpu:
             self._world._gpu_fetch_all()
 
-    def _advance(self, targets: np.ndarray) -> None:
-        self._simulate(self._steps)
+    def _advance(self, targets: np.ndarray, steps: int) -> None:
+        self._simulate(steps)
 
     def _tick(self) -> None:
         self._simulate(1)

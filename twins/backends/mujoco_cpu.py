@@ -202,11 +202,12 @@ class MujocoSimulation:
         """Compute the poses that images need from the present state."""
         self.batch.forward(ids, stage=POSITION_STAGE)
 
-    def step(self, ids: np.ndarray, joints: np.ndarray, gripper: np.ndarray) -> None:
+    def step(self, ids: np.ndarray, path: np.ndarray, gripper: np.ndarray) -> None:
         """See the contract."""
-        self.ctrl[ids, ARM] = joints
         self.ctrl[ids, GRIPPER] = gripper[:, None] * arm.FINGER_RANGE
-        self.batch.step(ids, nstep=scene.SUBSTEPS)
+        for k, count in enumerate(scene.parts(path.shape[1])):
+            self.ctrl[ids, ARM] = path[:, k]
+            self.batch.step(ids, nstep=count)
 
     def joints(self, ids: np.ndarray) -> np.ndarray:
         """(n, 7) measured joint angles, rad."""

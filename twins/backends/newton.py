@@ -158,8 +158,8 @@ class Newton(Lockstep):
             self._solver.step(self._state, self._next, self._control, None, TIMESTEP)
             self._state, self._next = self._next, self._state
 
-    def _advance(self, targets: np.ndarray) -> None:
-        self._simulate(self._steps)
+    def _advance(self, targets: np.ndarray, steps: int) -> None:
+        self._simulate(steps)
 
     def _tick(self) -> None:
         """Forward kinematics have been done already: nothing has to be advanced to be seen."""

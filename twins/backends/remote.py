@@ -74,11 +74,11 @@ class RemoteSimulation:
         self._lost[ids] = False
         self._move(ids, ("configure", [ids, configurations]))
 
-    def step(self, ids: np.ndarray, joints: np.ndarray, gripper: np.ndarray) -> None:
+    def step(self, ids: np.ndarray, path: np.ndarray, gripper: np.ndarray) -> None:
         """See the contract."""
         ids = np.asarray(ids)
         self._check(ids)
-        self._move(ids, ("step", [ids, np.asarray(joints), np.asarray(gripper)]))
+        self._move(ids, ("step", [ids, np.asarray(path), np.asarray(gripper)]))
 
     def snapshot(self, ids: np.ndarray) -> Snapshot:
         """See the contract."""

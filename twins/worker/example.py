@@ -67,11 +67,11 @@ class ExampleSimulation:
         for hidden in self._hidden.values():
             hidden[ids] = False
 
-    def step(self, ids: np.ndarray, joints: np.ndarray, gripper: np.ndarray) -> None:
+    def step(self, ids: np.ndarray, path: np.ndarray, gripper: np.ndarray) -> None:
         """See the contract."""
         seconds = self.scene["control_seconds"]
         before, _ = self._tcp(ids)
-        target = np.column_stack([joints, gripper * self._open, gripper * self._open])
+        target = np.column_stack([path[:, -1], gripper * self._open, gripper * self._open])
         most = seconds * np.array([SPEED] * 7 + [FINGER_SPEED] * 2)
         self._joints[ids] += np.clip(target - self._joints[ids], -most, most)
         after, _ = self._tcp(ids)

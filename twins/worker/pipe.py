@@ -48,6 +48,10 @@ class Pipe:
                 except ConnectionError as error:
                     raise EOFError(str(error)) from None
 
+    def wait(self, seconds: float) -> bool:
+        """Whether a message begins to arrive within `seconds`."""
+        return bool(self._reading.poll(seconds * 1e3))
+
     def receive(self, look: Callable[[], None]) -> List[memoryview]:
         """The frames of the next message, views of memory of its own."""
         (nbytes,) = NUMBER.unpack(self._read(NUMBER.size, look))
