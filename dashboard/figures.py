@@ -59,6 +59,8 @@ def headline(snapshot: Snapshot) -> dict[str, Any]:
         "policy_lag": max(values(snapshot, "actor", "policy/lag"), default=None),
         "success_id": _mean(values(snapshot, "actor", "env/success_id")),
         "success_ood": _mean(values(snapshot, "actor", "env/success_ood")),
+        "intervention_rate": newest(snapshot, "gateway/intervention_rate", "gateway"),
+        "intervention_minutes": newest(snapshot, "gateway/intervention_minutes", "gateway"),
         "transitions": replay_size(snapshot),
     }
 

@@ -70,7 +70,7 @@ def _summary(data: RunData) -> str:
     tiles = [
         ("Wall time", clock(wall) if wall is not None else "–", ""),
         ("Robot minutes", _plain(data.figures.get("robot_minutes")), ""),
-        ("Takeovers", _plain(data.figures.get("takeovers")), ""),
+        ("Takeovers", _plain(data.figures.get("takeovers")), _commanded(data.figures)),
         (
             "Success OOD, stand-in",
             _percent(best),
@@ -82,6 +82,15 @@ def _summary(data: RunData) -> str:
         for name, value, note in tiles
     )
     return f'<div class="tiles">{shown}</div>'
+
+
+def _commanded(figures: dict[str, Any]) -> str:
+    """How much a person did of what the arms did."""
+    minutes = as_number(figures.get("intervention_minutes"))
+    share = as_number(figures.get("intervention_rate"))
+    if minutes is None or share is None:
+        return ""
+    return f"{minutes:.1f} min, {share:.0%} of the arms' steps, by a person"
 
 
 def _last_stage(data: RunData) -> str:

@@ -42,7 +42,7 @@ MAX_HISTORY = 300_000  # points that a page gets at first
 PERIOD_S = 0.5  # how often the collector is asked
 TIMEOUT_S = 3.0
 KEEPALIVE_S = 2.0  # ages on the page move on even when nothing new arrives
-ROBOT_ACTIONS = ("hold", "release", "estop")
+ROBOT_ACTIONS = ("hold", "release", "detach", "estop")
 ACTIONS = ("pause", "resume", "checkpoint", *ROBOT_ACTIONS)
 TOKEN_FILE, ADDRESS_FILE = "dashboard.token", "dashboard.json"
 NAME = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
@@ -88,6 +88,7 @@ class Dashboard:
         app.router.add_get("/api/history", self._history)
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/camera/{robot}/{camera}.jpg", self._camera)
+        app.router.add_get("/api/robot/{robot}", self._robot)
         app.router.add_post("/api/command", self._command)
         app.router.add_get("/favicon.ico", _favicon)
         app.router.add_static("/page/", PAGE)
@@ -243,6 +244,19 @@ class Dashboard:
         headers = {"Cache-Control": "no-store", "X-Picture-Time": str(result.get("time", ""))}
         return web.Response(
             body=arrays["jpeg"].tobytes(), content_type="image/jpeg", headers=headers
+        )
+
+    async def _robot(self, request: web.Request) -> web.Response:
+        """What the gateway knows of one robot, newer than its figures, with the path that it plans."""
+        robot = request.match_info["robot"]
+        if not NAME.match(robot):
+            return web.json_response({"error": "no such robot"}, status=404)
+        try:
+            result, _ = await self._call_gateway("robot", {"robot": robot})
+        except TwinRLError as error:
+            return web.json_response({"error": str(error)}, status=503)
+        return web.json_response(
+            result["robot"], dumps=_json, headers={"Cache-Control": "no-store"}
         )
 
     async def _command(self, request: web.Request) -> web.Response:

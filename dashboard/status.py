@@ -126,6 +126,8 @@ def _head(snapshot: dict[str, Any]) -> RenderableType:
         ("policy lag", compact(figures["policy_lag"])),
         ("success ID", percent(figures["success_id"])),
         ("success OOD", percent(figures["success_ood"])),
+        ("steps by a person", percent(figures["intervention_rate"])),
+        ("minutes by a person", compact(figures["intervention_minutes"])),
     ]
     for first, second in zip(rows[::2], rows[1::2], strict=True):
         table.add_row(
@@ -182,11 +184,17 @@ def _cell(cell: dict[str, Any] | None) -> str:
 
 def _robots(found: dict[str, dict[str, Any]]) -> Table:
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
-    for name in ("robot", "state", "minutes", "episodes", "takeovers", "success"):
+    for name in (
+        *("robot", "state", "minutes", "episodes", "takeovers"),
+        *("by a person", "minutes by a person", "success"),
+    ):
         table.add_column(name)
     for name, robot in found.items():
         counts = (compact(robot.get(key)) for key in ("minutes", "episodes", "takeovers"))
-        table.add_row(name, str(robot.get("state", "-")), *counts, percent(robot.get("success")))
+        helped = percent(robot.get("intervention_rate"))
+        minutes = compact(robot.get("intervention_minutes"))
+        success = percent(robot.get("success"))
+        table.add_row(name, str(robot.get("state", "-")), *counts, helped, minutes, success)
     return table
 
 

@@ -8,10 +8,12 @@ from policies.presets import resolve
 from twinrl.config import Config
 from twinrl.core.errors import ConfigError
 from twinrl.core.segment import Schema
+from twinrl.core.spec import dimensions_of
 from twinrl.env import EnvSpec
 from twins import describe
 from twins.backends import find_backend
 from twins.errands import offered
+from twins.kinematics import MAX_SHIFT, MAX_TURN
 from twins.tasks import make_task
 
 EVALUATED = ("id", "ood")  # regions
@@ -81,6 +83,8 @@ def describe_job(config: Config) -> dict[str, Any]:
         "schema": {**schema._asdict(), "cameras": list(schema.cameras)},
         "instruction": config.task.instruction or spec.instruction,
         "control_hz": spec.control_hz,
+        "dimensions": [list(dimension) for dimension in dimensions_of(spec.state_names)],
+        "step": [MAX_SHIFT, MAX_TURN] if _has_stand_in(config) else [0.0, 0.0],
         "placed": spec.placed,
         "regions": [region for region in EVALUATED if region in spec.regions],
         "stand_in": _has_stand_in(config),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -12,18 +11,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
-OK, WARNING, FAILED = "ok", "warning", "failed"
-MARKS = {OK: "  ok    ", WARNING: "  warn  ", FAILED: "  FAIL  "}
-
-
-class Finding(NamedTuple):
-    """What a check found, and what to do about it."""
-
-    level: str
-    text: str
-    cure: str = ""
+from robot_bridge import doctor as robot_doctor
+from twinrl.findings import FAILED, OK, WARNING, Finding, examine
 
 
 def check_python() -> Finding:
@@ -150,27 +140,18 @@ CHECKS: dict[str, Callable[[], Finding]] = {
 
 def command(argv: list[str]) -> int:
     """The command `twinrl doctor`; exit code 1 when a check failed."""
+    if "--robot" in argv:
+        return robot_doctor.command(argv)
     parser = argparse.ArgumentParser(
         prog="twinrl doctor",
         description="Check this machine and say how to mend what is missing.",
-        epilog="examples:\n  twinrl doctor\n  twinrl doctor --only redis --only gpu\n  twinrl doctor --json",
+        epilog="examples:\n  twinrl doctor\n  twinrl doctor --only redis --only gpu\n  twinrl doctor --json\n"
+        "  twinrl doctor --robot --help",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", action="append", choices=list(CHECKS), help="just this check")
     parser.add_argument("--json", action="store_true", help="for machines")
+    parser.add_argument("--robot", action="store_true", help="check a robot's PC instead")
     arguments = parser.parse_args(argv)
-    findings = {}
-    for name in arguments.only or CHECKS:
-        try:
-            findings[name] = CHECKS[name]()
-        except Exception as error:  # a check that breaks is a finding, the others still run
-            cure = "make setup" if isinstance(error, ImportError) else ""
-            findings[name] = Finding(FAILED, f"{type(error).__name__}: {error}", cure)
-        if not arguments.json:
-            finding = findings[name]
-            print(f"{MARKS[finding.level]}{name:10} {finding.text}", flush=True)
-            if finding.cure:
-                print(f"{'':19}-> {finding.cure}", flush=True)
-    if arguments.json:
-        print(json.dumps({name: finding._asdict() for name, finding in findings.items()}))
-    return int(any(finding.level == FAILED for finding in findings.values()))
+    checks = {name: CHECKS[name] for name in arguments.only or CHECKS}
+    return examine(checks, arguments.json, "make setup")

@@ -28,6 +28,7 @@ def env_factory(config: Config) -> Callable[..., Any]:
         backend=config.twins.backend,
         options=config.twins.options,
         python=config.twins.python,
+        gripper=config.twins.gripper.model_dump(exclude_defaults=True) or None,
         device=config.twins.device,
     )
 

@@ -98,6 +98,8 @@ class Job:
             *("--speed", f"{stand_in.speed:g}", "--operator", stand_in.operator),
             *("--spool", str(self.run.path / "spool"), "--seed", str(seed)),
         ]
+        for limit, value in stand_in.limits.items():
+            command += ["--limit", f"{limit}={value:g}"]
         if stand_in.operator == "scripted":
             settings = self.config.real_rl
             command += ["--takeovers", str(settings.takeovers)]
@@ -221,6 +223,9 @@ class Job:
                         "instruction": job["instruction"],
                         "observe": config.task.observe,
                         "control_hz": job["control_hz"],
+                        "dimensions": job["dimensions"],
+                        "toggle": config.task.reward.get("toggle", 0.0),
+                        "step": job["step"],
                         "max_steps": config.real_rl.max_steps,
                     },
                     "metrics_address": metrics,

@@ -144,6 +144,7 @@ def _policy(
         "reward": config.task.reward or None,
         "instruction": config.task.instruction,
         "errands": config.task.errands,
+        "gripper": config.twins.gripper.model_dump(exclude_defaults=True) or None,
     }
 
     def actor(large: Any) -> Callable[..., np.ndarray]:

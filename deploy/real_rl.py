@@ -36,6 +36,7 @@ def practise(schedule: Schedule) -> dict[str, Any]:
             batch_size=settings.batch_size,
             mix=settings.mix,
             options=settings.options,
+            max_lag=settings.max_lag,
         )
     )
     attached = _attach(schedule, link)
@@ -72,7 +73,7 @@ def _attach(schedule: Schedule, link: PolicyLink) -> bool:
         return False
     job.attach_stand_in(seed=config.seed + 31)
     deadline = time.monotonic() + ATTACH_SECONDS
-    while not any(row["attached"] for row in _robots(link)):
+    while _nobody(_robots(link)):
         job.supervisor.check()
         if time.monotonic() > deadline:
             log = job.run.logs / "stand-in.log"
@@ -91,10 +92,13 @@ def _watch(
     settings, job = schedule.config.real_rl, schedule.job
     rows: list[dict[str, Any]] = []
     saved = time.monotonic()
-    idle, told = 0.0, False
+    idle, told, lag = 0.0, False, 0
     while True:
         schedule.poll([learning, serving])
         rows = _robots(link) or rows
+        if _lag(rows) != lag:
+            lag = _lag(rows)
+            schedule.cluster.learner.hear_lag.remote(lag)  # nobody waits for it
         minutes = _account(schedule, rows)
         episodes = sum(row["episodes"] for row in rows)
         job.progress.update(
@@ -125,12 +129,21 @@ def _account(schedule: Schedule, rows: list[dict[str, Any]]) -> float:
     minutes = sum(row["minutes"] for row in rows)
     schedule.state["robot_minutes"] = round(minutes, 2)
     schedule.state["takeovers"] = sum(row["takeovers"] for row in rows)
+    schedule.state["intervention_minutes"] = round(sum(r["intervention_minutes"] for r in rows), 2)
+    steps = sum(row["steps"] for row in rows)
+    commanded = sum(row["interventions"] for row in rows)
+    schedule.state["intervention_rate"] = round(commanded / steps, 4) if steps else 0.0
     return minutes
 
 
+def _lag(rows: list[dict[str, Any]]) -> int:
+    """Versions that the policy which acts for the arms is behind the newest, at the worst."""
+    return max((row["policy_lag"] for row in rows if row["attached"]), default=0)
+
+
 def _nobody(rows: list[dict[str, Any]]) -> bool:
-    """No robot is attached."""
-    return not any(row["attached"] for row in rows)
+    """No robot is attached that plays episodes."""
+    return not any(row["attached"] and not row["shadow"] for row in rows)
 
 
 def _send_away(job: Any, link: PolicyLink, rows: list[dict[str, Any]]) -> None:

@@ -40,6 +40,8 @@ def figures_of(rows: list[dict[str, Any]], state: dict[str, Any]) -> dict[str, f
     figures: dict[str, float] = {"wall_s": round(state["wall_s"], 1)}
     figures["robot_minutes"] = state.get("robot_minutes", 0.0)
     figures["takeovers"] = state.get("takeovers", 0)
+    for key in ("intervention_minutes", "intervention_rate"):  # the rate: of all steps of all arms
+        figures[key] = state.get(key, 0.0)
     figures["core_s"] = state.get("core_s", 0.0)
     figures["peak_memory_mb"] = state.get("peak_memory_mb", 0)
     for (stage, world, region), row in cells.items():
@@ -114,6 +116,7 @@ def _table(figures: dict[str, float], rows: list[dict[str, Any]]) -> str:
             )
     text.append(
         f"{figures['wall_s']:.0f} s, at most {figures['peak_memory_mb'] / 1000:.1f} GB of memory; "
-        f"{figures['robot_minutes']:.1f} robot minutes, {figures['takeovers']:.0f} takeovers"
+        f"{figures['robot_minutes']:.1f} robot minutes, {figures['takeovers']:.0f} takeovers, "
+        f"{figures['intervention_minutes']:.1f} minutes and {figures['intervention_rate']:.0%} of the steps by a person"
     )
     return "\n".join(text)

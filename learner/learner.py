@@ -68,6 +68,7 @@ class Learner:
         self.data_waited = self._clock_waited = 0.0  # s that stages waited for batches or segments
         self._clock, self._clock_updates, self._clock_batches = time.monotonic(), 0, 0
         self._publishing = self._clock_publishing = 0.0  # s
+        self.acting_lag = self.held_versions = 0  # see `hear_lag`; versions that waited for it
         self.reporter = make_reporter("learner", self.stats)
         place = f"{threads} threads" if self.device.type == "cpu" else str(self.device)
         self.reporter.event("info", f"learner is ready on {place}")
@@ -107,6 +108,10 @@ class Learner:
     def ask_checkpoint(self) -> None:
         """Let the running stage write a checkpoint soon."""
         self._checkpoint.set()
+
+    def hear_lag(self, versions: int) -> None:
+        """The policy that acts for the arms is so many versions behind the newest: publishing may have to wait."""
+        self.acting_lag = versions
 
     def close(self) -> None:
         """Report a last time and close."""
@@ -246,6 +251,8 @@ class Learner:
             "learner/batches_per_s": (batches - self._clock_batches) / span,
             "learner/publish_share": (self._publishing - self._clock_publishing) / span,
             "learner/data_wait": (self.data_waited - self._clock_waited) / span,
+            "learner/acting_lag": self.acting_lag,
+            "learner/held_versions": self.held_versions,
             "policy/version": self.version,
         }
         self._clock_publishing = self._publishing

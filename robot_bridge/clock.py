@@ -35,13 +35,18 @@ class RobotClock:
         """Count without waiting."""
         self._seconds[kind] += seconds
 
-    def spend(self, kind: str, seconds: float) -> None:
-        """Count `seconds` and wait until they are over on the robot's clock; a late step does not hurry the next."""
+    def spend(self, kind: str, seconds: float) -> bool:
+        """Count `seconds` and wait until they are over on the robot's clock; a late step does not hurry the next.
+
+        Whether there was time left: False when the caller was late.
+        """
         self._seconds[kind] += seconds
         length = seconds / self.speed
         self._due = max(self._due, time.monotonic() - length) + length
-        time.sleep(max(0.0, self._due - time.monotonic()))
+        left = self._due - time.monotonic()
+        time.sleep(max(0.0, left))
         self._free = time.monotonic()
+        return left > 0.0
 
     def lapse(self, kind: str, hidden: float = 0.0) -> None:
         """Count the real time since the last `spend` or `lapse`, less what hides behind the motion before."""

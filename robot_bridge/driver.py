@@ -3,25 +3,39 @@
 from __future__ import annotations
 
 import abc
-import difflib
-import importlib
+import math
 from typing import Any, Dict, NamedTuple
 
 import numpy as np
 
-from robot_bridge.protocol import Features, Job
+from robot_bridge.camera_guard import USUAL, Tolerance
+from robot_bridge.motion import exp, log
+from robot_bridge.protocol import Job
+from robot_bridge.registry import find
+from robot_bridge.safety import Measured
 from twinrl.core.errors import ConfigError
+from twinrl.core.spec import Dimension, arm_dimensions
 
-Observation = Dict[str, np.ndarray]
 BUILT_IN = {
     "sim": "robot_bridge.drivers.sim:SimDriver",
     "point": "robot_bridge.drivers.point:PointDriver",
+    "franka": "robot_bridge.drivers.franka:FrankaDriver",
+    "ur": "robot_bridge.drivers.ur:URDriver",
+    "xarm": "robot_bridge.drivers.xarm:XArmDriver",
+    "lerobot": "robot_bridge.drivers.lerobot:LeRobotDriver",
 }
 ENTRY_POINTS = "twinrl.robots"
 
 
+class Frame(NamedTuple):
+    """What one camera saw."""
+
+    time: float  # s, this PC's monotonic clock, of the exposure as well as it is known
+    image: np.ndarray  # (H, W, 3) uint8
+
+
 class Outcome(NamedTuple):
-    """What the last commanded step led to."""
+    """What the last control step led to."""
 
     reward: float = 0.0
     terminated: bool = False  # the task ended the episode
@@ -29,26 +43,45 @@ class Outcome(NamedTuple):
     success: bool = False
 
 
-class Driver(abc.ABC):
-    """An arm with its cameras. The bridge calls everything from one thread, in this order:
+class Commanded(NamedTuple):
+    """What the arm was asked for: part of what a policy must know, since it moves later than it is told."""
 
-    connect, then for each episode reset and for each control step read, command, judge; disconnect.
+    pose: np.ndarray  # (6,) the commanded pose that the next action adds to
+    newest: np.ndarray  # (7,) the last executed action
+    earlier: np.ndarray  # (7,) the one before
+
+
+class Driver(abc.ABC):
+    """An arm with its cameras.
+
+    `measure` and `servo` are called from the control loop's thread, `rate_hz` times a second, and must be back in a
+    fraction of that; so are `frames`, some thirty times a second, and `state`, `ended` and `expert`, once a control step. The rest is called from the
+    bridge's thread while no episode runs. A driver whose arm wants
+    set-points faster than `rate_hz` interpolates in a thread of its own. Set-points that come are within the safety
+    filter's limits; where none come any more, the arm must stand.
     """
 
     kind = ""
-    state_names: tuple[str, ...] = ()  # each dimension of observation.state
+    rate_hz = 100.0  # set-points a second
+    frame = "base"  # of an action's deltas: base or tool
+    dimensions: tuple[Dimension, ...] = arm_dimensions()  # of observation.state
+    joint_range: np.ndarray | None = None  # (2, J) rad, low and high ends
     cameras: tuple[str, ...] = ()
     image_size = 0  # pixels, height = width
-    reset_seconds = 5.0  # of the robot's time that a reset costs
+    tolerance: Tolerance | None = USUAL  # of what its cameras do; None: its images are no pictures
+    reset_seconds = 5.0  # of the robot's time that a reset costs, where its clock is simulated
+    simulated = False  # nothing can be hurt
+    terminal: Any = None  # of this PC, where a person can be asked; given before `connect`
+    grip_limit_n = math.inf  # N
+    lockstep = False  # simulated: its clock stands still between one `servo` and the next, which returns a tick later
 
-    @property
-    def features(self) -> Features:
-        """What an observation consists of, for the comparison with the run."""
-        return Features(len(self.state_names), self.cameras, self.image_size)
+    def limit_grip(self, force_n: float) -> None:
+        """No gripper here may squeeze with more, N: said before `connect`. ConfigError where the options ask for more."""
+        self.grip_limit_n = float(force_n)
 
     @abc.abstractmethod
-    def connect(self, job: Job) -> None:
-        """Reach the arm; cameras deliver images of the job's size from here on."""
+    def connect(self, job: Job, speed: float) -> None:
+        """Reach the arm; cameras deliver images of the job's size from here on. `speed` is the clock's, 1 = time."""
 
     @abc.abstractmethod
     def disconnect(self) -> None:
@@ -59,60 +92,63 @@ class Driver(abc.ABC):
         """Bring arm and scene to `configuration` (None: draw one from `region`); what it is in the end."""
 
     @abc.abstractmethod
-    def read(self) -> Observation:
-        """observation.state (S,) float32 and observation.images.NAME (H, W, 3) uint8, as of now."""
+    def measure(self) -> Measured:
+        """What the arm says of itself, as of now; a `fault` where it refuses to move."""
 
     @abc.abstractmethod
-    def command(self, action: np.ndarray) -> np.ndarray:
-        """Begin one control step with `action` (7,) float32; what is executed, (7,) float32."""
+    def servo(self, pose: np.ndarray, gripper: float) -> None:
+        """The next set-point: pose (6,) of the tool centre point, and the gripper's opening (0..1)."""
+
+    def opening(self) -> float | None:
+        """What the fingers were last told (0..1), where that is not what is wanted: they are busy, or open or closed only."""
+        return None
+
+    def frames(self) -> Dict[str, Frame]:
+        """The newest image of each camera."""
+        return {}
+
+    def blind(self) -> str:
+        """Which camera is known to have failed, and why, where frames alone do not say so; "" for none."""
+        return ""
+
+    def state(self, measured: Measured, commanded: Commanded) -> np.ndarray:
+        """`observation.state` (S,) float32, as `dimensions` describes it."""
+        return state_vector(measured, commanded)
 
     @abc.abstractmethod
-    def judge(self) -> Outcome:
-        """Reward and ending of the step that was commanded last."""
+    def ended(self, action: np.ndarray) -> Outcome:
+        """A control step has ended, of which `action` (7,) is what was executed: its reward and ending."""
 
-    @abc.abstractmethod
-    def tool(self) -> np.ndarray:
-        """The measured position of the tool centre point, (3,) m in the base frame."""
+    def project(self, points: np.ndarray) -> Dict[str, np.ndarray]:
+        """Where `points` (n, 3), m in the base frame, lie in the newest images: {camera: (n, 2)}, pixels to the right and
+        down from the upper left corner, NaN behind the camera. Of cameras whose calibration is known. Called from any thread.
+        """
+        return {}
 
-    def target(self) -> np.ndarray:
-        """The commanded position that the next delta adds to, (3,) m."""
-        return self.tool()
+    def recover(self) -> None:
+        """After a `fault`: make the arm take set-points again. TwinRLError says what a person must do."""
+        raise ConfigError(f"robot {self.kind!r} cannot recover by itself")
 
-    def hold(self) -> None:  # noqa: B027 - an arm that only moves when commanded holds by itself
-        """Stand still until the next command; called again and again while it lasts."""
-
-    def expert(self, noise: float) -> np.ndarray:
-        """A scripted expert's action (7,) float32, for a scripted operator."""
+    def expert(self, noise: float, commanded: np.ndarray) -> np.ndarray:
+        """A scripted expert's action (7,) float32 from the commanded pose (6,), for a scripted operator."""
         raise ConfigError(
             f"robot {self.kind!r} has no scripted expert: use --operator keyboard or none"
         )
 
 
+def state_vector(measured: Measured, commanded: Commanded) -> np.ndarray:
+    """The arm's part of `observation.state` (27,) float32, in the order of `twinrl.core.spec.ARM`."""
+    facing = exp(measured.pose[3:])
+    ahead = commanded.pose[:3] - measured.pose[:3]
+    lead = log(exp(commanded.pose[3:]) @ facing.T)
+    parts = (measured.pose, [measured.width], ahead, lead, commanded.newest, commanded.earlier)
+    return np.concatenate(parts).astype(np.float32)
+
+
 def make_driver(kind: str, **options: Any) -> Driver:
     """The driver called `kind`: built in, or the entry point of another package."""
-    known: dict[str, Any] = {**_installed(), **BUILT_IN}
-    if kind not in known:
-        close = difflib.get_close_matches(kind, known, 1, cutoff=0.4)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(f"unknown robot {kind!r}, not one of {', '.join(sorted(known))}{hint}")
-    found = known[kind]
-    if isinstance(found, str):
-        module, _, attribute = found.partition(":")
-        factory = getattr(importlib.import_module(module), attribute)
-    else:
-        factory = found.load()
+    factory = find("robot", kind, BUILT_IN, ENTRY_POINTS)
     try:
         return factory(**options)
     except TypeError as error:
         raise ConfigError(f"robot {kind!r}: {error}") from None
-
-
-def _installed() -> dict[str, Any]:
-    from importlib import metadata
-
-    points: Any = metadata.entry_points()
-    if hasattr(points, "select"):
-        points = points.select(group=ENTRY_POINTS)
-    else:  # Python 3.8 and 3.9
-        points = points.get(ENTRY_POINTS, ())
-    return {point.name: point for point in points}

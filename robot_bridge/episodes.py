@@ -26,7 +26,9 @@ class Episodes:
     def ask(self, robot: Robot, timeout: float) -> Future:
         """The Future gives {"start": ...} or {"wait": reason}."""
         self.drop(robot)
-        self._asking = [entry for entry in self._asking if entry[0] is not robot]
+        for entry in [entry for entry in self._asking if entry[0] is robot]:
+            self._asking.remove(entry)
+            entry[1].set_result({"wait": "a newer request took its place"})
         future: Future = Future()
         self._asking.append((robot, future, time.monotonic() + timeout))
         self.tick()
@@ -50,16 +52,22 @@ class Episodes:
         self._asking = left
 
     def finish(self, robot: Robot, finished: Any) -> None:
-        """A robot tells how its episode ended; it may tell twice."""
+        """A robot tells how its episode ended; it may tell twice. The start of one that counts for nothing goes back."""
         if not finished or any(r["episode"] == finished["episode"] for r in self.results[-200:]):
             return
+        if robot.start is not None and robot.start["id"] != finished.get("start"):
+            self.drop(
+                robot
+            )  # it asked twice and played what it was given first: this one is free again
         robot.start = None
         number = self.results[-1]["number"] + 1 if self.results else 1
-        item = self.starts.done(str(finished.get("start")))
+        start, counts = str(finished.get("start")), not finished.get("invalid")
+        item = self.starts.done(start) if counts else self.starts.give_back(start)
         self.results.append({**finished, "number": number, "robot": robot.name, "item": item})
         del self.results[:-KEPT]
-        if not finished.get("discarded"):
+        if counts and not finished.get("discarded"):
             robot.results.append(bool(finished.get("success")))
+            robot.count_interventions(finished)
         robot.count_episode(int(str(finished["episode"]).rpartition("-")[2]))
 
     def drop(self, robot: Robot) -> None:

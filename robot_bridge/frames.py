@@ -23,6 +23,11 @@ JPEG = "jpeg95"  # what "jpeg" means in a column
 Frames = Dict[str, Any]  # camera key: JPEG bytes, or the raw image
 
 
+def key_of(camera: str) -> str:
+    """The observation key of a camera."""
+    return IMAGE_PREFIX + camera
+
+
 def check_codec(codec: str) -> str:
     """`codec` if this PC can produce it; ConfigError says what is missing."""
     if codec not in CODECS:

@@ -20,21 +20,23 @@ from typing import Any
 from robot_bridge import frames, protocol
 from robot_bridge.desk import Desk, pack_questions
 from robot_bridge.episodes import Episodes
-from robot_bridge.leases import Leases, Robot
+from robot_bridge.leases import Leases, Robot, rate_of
 from robot_bridge.protocol import Features, Job
 from robot_bridge.relay import Relay
 from robot_bridge.weights_relay import WeightsRelay
-from twinrl.core import arguments
+from twinrl.core import arguments, spec
 from twinrl.core.errors import Rejected, ResumeError, WireError
 from twinrl.core.keys import Keys, allowed_publics
 from twinrl.core.metrics import Reporter
 from twinrl.core.segment import IMAGE_PREFIX, Schema
 from twinrl.core.sockets import Answer, Request, Server
+from twinrl.core.spec import Dimension
 from twinrl.weights_slots import slots_folder
 
 log = logging.getLogger(__name__)
 TICK = 0.05  # s
 LONGEST_POLL = 30.0  # s
+QUIET_S = 5.0  # between two events that tell of a robot's filter; its counts tell all
 MAX_ROBOTS = 1000  # names in a run
 LARGEST_RESULT = 64 << 10  # bytes as JSON, of what a robot tells of an episode
 ROBOT_ACTIONS = ("hold", "release", "detach", "estop")
@@ -79,7 +81,15 @@ class Gateway:
             self._bind("robot", method)
         for method in (
             *(self.policy_take, self.policy_give, self.set_configurations, self.results),
-            *(self.robots, self.camera, self.command, self.pause, self.resume, self.run_state),
+            *(
+                self.robots,
+                self.robot,
+                self.camera,
+                self.command,
+                self.pause,
+                self.resume,
+                self.run_state,
+            ),
         ):
             self._bind("cluster", method)
         for method in (self._weights.offer, self._weights.chunk):  # for holders of any key
@@ -114,9 +124,10 @@ class Gateway:
         """Flat statistics of the gateway and of every robot."""
         with self._lock:
             robots = list(self._leases.robots.values())
-            counts = {
+            counts: dict[str, Any] = {
                 "robots": sum(robot.attached for robot in robots),
                 "robot_minutes": sum(robot.total("seconds") for robot in robots) / 60,
+                "intervention_minutes": sum(r.total("takeover_seconds") for r in robots) / 60,
                 "chunks": self._desk.answered,
                 "late_chunks": self._desk.late,
                 "paused": self._paused,
@@ -124,6 +135,9 @@ class Gateway:
                 **self._weights.stats(),
                 **self._server.stats(),
             }
+            rate = rate_of(robots)
+            if rate is not None:
+                counts["intervention_rate"] = rate
             data: dict[str, Any] = {f"gateway/{k}": float(v) for k, v in counts.items()}
             for robot in robots:
                 data.update(robot.stats())
@@ -153,21 +167,28 @@ class Gateway:
             raise
         self._save()
         text = f"robot {name} ({robot.kind}) attached from {robot.host}"
+        text += ", in shadow: it is not commanded" if robot.shadow else ""
         self._event("info", text, name, "attached")
-        return {"job": self.job.to_header(), "numbering": robot.numbering}
+        told = {"job": self.job.to_header(), "numbering": robot.numbering}
+        return {**told, "time": time.time()}
 
     def heartbeat(self, request: Request) -> dict[str, Any]:
         """A sign of life; the answer says what the cluster wants."""
         robot = self._leases.find(request.args)
         takeovers, before = robot.now.get("takeovers", 0), robot.state.get("doing")
-        robot.hear(arguments.mapping(request.args, "state"))
+        if "state" in request.args:
+            robot.hear(arguments.mapping(request.args, "state"))
         doing = robot.state.get("doing")
         if robot.now.get("takeovers", 0) > takeovers:
             self._event("info", f"a person took over robot {robot.name}", robot.name, "takeover")
         if doing != before and doing in ("holding", "stopped"):
             text = f"robot {robot.name} is {doing}: {robot.state.get('reason', '')}"
             self._event("warning", text, robot.name, "held")
-        return robot.wishes(self._paused)
+        if time.monotonic() - robot.filtered > QUIET_S:
+            self._tell_filtered(robot)
+        for level, text in robot.alarms():
+            self._event(level, f"robot {robot.name}: {text}", robot.name, "alarm")
+        return {**robot.wishes(self._paused), "time": time.time()}
 
     def episode(self, request: Request) -> Future:
         """Where the next episode starts; takes the result of the last."""
@@ -183,6 +204,8 @@ class Gateway:
         self._check_observation(images)
         single = {k: v[0] if k.startswith(IMAGE_PREFIX) else v for k, v in images.items()}
         robot.frames, robot.frames_time = frames.split(request.arrays), time.time()
+        robot.incoming.recent.keep(robot.frames)
+        robot.judge(self._weights.newest())
         header = {
             "robot": robot.name,
             "episode": arguments.text(args, "episode"),
@@ -192,15 +215,14 @@ class Gateway:
         }
         return self._desk.ask(robot.name, header, single, _seconds(args))
 
-    def segment(self, request: Request) -> Future:
-        """A segment for the replay service, whose acknowledgement is the answer."""
-        robot, args = self._leases.find(request.args), request.args
-        header = arguments.mapping(args, "header")
-        if header.get("writer") != robot.writer:
-            raise WireError(
-                f"{robot.name} writes as {robot.writer!r}, not {header.get('writer')!r}"
-            )
-        answer = self._relay.send(header, args.get("codec"), request.arrays)
+    def segment(self, request: Request) -> Future | dict[str, Any]:
+        """A piece of a segment; the last one is answered with the replay service's acknowledgement."""
+        robot = self._leases.find(request.args)
+        told, arrived = robot.incoming.add(request.args, request.arrays, robot.writer)
+        if arrived is None:
+            return told
+        header = arrived.header
+        answer = self._relay.send(*arrived)
         answer.add_done_callback(lambda done: done.exception() or robot.count_segment(header))
         return answer
 
@@ -210,6 +232,7 @@ class Gateway:
         finished = _finished(request.args)
         robot.hear(arguments.mapping({"state": {}, **request.args}, "state"))
         self._episodes.finish(robot, finished)
+        self._tell_filtered(robot)
         self._let_go(robot, "info", f"robot {robot.name} left")
 
     # Methods of the cluster.
@@ -235,7 +258,13 @@ class Gateway:
         for name in arrays:
             if name != "action" and not name.startswith("policy."):
                 raise WireError(f"array {name!r} is neither action nor policy.*")
-        return {"used": self._desk.give(args["request"], {"version": int(args["version"])}, arrays)}
+        # How old it is, is judged now: however long it travels, it does not get older by that.
+        version, newest = int(args["version"]), self._weights.newest()
+        question = self._desk.find(args["request"])
+        if question is not None:
+            self._leases.named(question.robot).judge(newest, version)
+        told = {"version": version, "newest": newest, "run": self.job.run}
+        return {"used": self._desk.give(args["request"], told, arrays)}
 
     def set_configurations(self, request: Request) -> dict[str, Any]:
         """Where episodes start from now on."""
@@ -259,6 +288,10 @@ class Gateway:
                 arrays[f"frame/{robot.name}/{camera}"] = data
         rows = [robot.describe() for robot in self._leases.robots.values()]
         return {"robots": rows, "paused": self._paused, "run": self.job.run}, arrays
+
+    def robot(self, request: Request) -> dict[str, Any]:
+        """One robot's row, with the path that it plans."""
+        return {"robot": self._leases.named(request.args["robot"]).describe()}
 
     def camera(self, request: Request) -> Answer:
         """The last frame of one camera as JPEG."""
@@ -309,9 +342,7 @@ class Gateway:
         self._server.bind(method.__name__, handler)
 
     def _check_version(self, args: dict[str, Any]) -> None:
-        advice = protocol.version_advice(
-            args.get("protocol"), args.get("software"), self.job.software
-        )
+        advice = protocol.version_advice(args, self.job.software)
         if advice:
             raise Rejected(advice)
 
@@ -325,10 +356,17 @@ class Gateway:
                 f"robot {args['kind']!r} does not fit run {self.job.run!r}: {'; '.join(unlike)}. "
                 "Give the driver what the run has (--robot-option), or start a run with the robot's values"
             )
+        own = [Dimension(*map(str, each)) for each in args.get("dimensions") or ()]
+        table = spec.differences(own, self.job.dimensions) if self.job.dimensions else ""
+        if table:
+            raise Rejected(
+                f"the numbers of observation.state of robot {args['kind']!r} mean something else than those of run "
+                f"{self.job.run!r}:\n{table}"
+            )
         if args.get("digest") != wanted.digest():
             raise Rejected(
-                "robot and run record different columns: on the robot's PC run  "
-                f"pip install 'twinrl=={self.job.software}'"
+                "robot and run record different columns: "
+                + protocol.update_advice(args, self.job.software)
             )
 
     def _check_observation(self, arrays: dict[str, Any]) -> None:
@@ -340,9 +378,20 @@ class Gateway:
         if found != expected:
             raise WireError(f"an observation of {found}, the run's is {expected}")
 
+    def _tell_filtered(self, robot: Robot) -> None:
+        """An event for what the robot's safety filter did since the last one: none is left out, not each has its own."""
+        causes = robot.untold()
+        if causes:
+            robot.filtered = time.monotonic()
+            counted = ", ".join(f"{cause} ({n})" if n > 1 else cause for cause, n in causes.items())
+            text = f"the safety filter of robot {robot.name} intervened: {counted}"
+            self._event("info", text, robot.name, "filtered")
+
     def _why_not_begin(self, robot: Robot) -> str:
         if not robot.attached:
             return "not attached"
+        if robot.shadow:
+            return "in shadow: it plays no episode"
         if self._paused:
             return "the run is paused"
         if robot.hold or robot.detach:
@@ -351,6 +400,7 @@ class Gateway:
 
     def _let_go(self, robot: Robot, level: str, text: str) -> None:
         robot.attached, robot.detach = False, False
+        robot.incoming.forget()
         self._episodes.drop(robot)
         self._desk.withdraw(robot.name, "the robot left")
         self._event(level, text, robot.name, "left")
@@ -427,6 +477,7 @@ def _finished(args: dict[str, Any]) -> dict[str, Any] | None:
         return None
     finished = arguments.mapping(args, "finished")
     number = arguments.text(finished, "episode").rpartition("-")[2]
+    arguments.integer(finished, "interventions", 0, high=arguments.integer(finished, "steps", 0))
     try:
         size = len(json.dumps(finished))
     except (TypeError, ValueError) as error:

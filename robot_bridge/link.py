@@ -13,13 +13,17 @@ from typing import Any, Callable, NamedTuple
 
 import numpy as np
 
+from robot_bridge import frames, parts, recent
+from robot_bridge.offset import ClockOffset
 from robot_bridge.protocol import NOT_ATTACHED, PROTOCOL, SOFTWARE, Job
 from robot_bridge.spool import Spool
 from twinrl.core.errors import DeadlineError, Rejected, RemoteError, TwinRLError, WireError
 from twinrl.core.keys import Keys
 from twinrl.core.sockets import Client
+from twinrl.installed import distribution
 
 log = logging.getLogger(__name__)
+STATE_S = 0.25  # between two heartbeats that tell how the arm is
 
 
 class Wishes(NamedTuple):
@@ -35,11 +39,12 @@ class Link:
     """Dials the gateway, stays attached through cuts and restarts, and says how things stand."""
 
     def __init__(
-        self, url: str, keys: Keys, name: str, heartbeat_s: float = 0.1, link_s: float = 1.0
+        self, url: str, keys: Keys, name: str, heartbeat_s: float = 0.05, link_s: float = 1.0
     ) -> None:
         self.url, self.name = url, name
         self.session = uuid.uuid4().hex
         self.wishes = Wishes()
+        self.offset = ClockOffset()  # of the gateway's clock
         self.fatal: TwinRLError | None = None
         self.reattached = 0
         self._heartbeat_s, self._link_s = heartbeat_s, link_s
@@ -47,6 +52,9 @@ class Link:
         self._attach_args: dict[str, Any] = {}
         self._run = ""
         self._heard = time.monotonic()
+        self._rate = 1e6  # bytes/s that the last pieces went at
+        self._told = recent.Told()  # frames that need not be sent again
+        self.sent_bytes = self.spared_bytes = 0  # of segments
         self._stop = threading.Event()
         self._live = Client("the gateway", url, keys)
         self._bulk = Client(
@@ -56,7 +64,7 @@ class Link:
 
     def hello(self, wait_s: float) -> Job:
         """What the run is; DeadlineError says what may be wrong when nobody answers."""
-        args = {"name": self.name, "protocol": PROTOCOL, "software": SOFTWARE}
+        args = {"name": self.name, **self._software()}
         deadline = time.monotonic() + wait_s
         while True:
             try:
@@ -76,17 +84,18 @@ class Link:
             args,
             name=self.name,
             session=self.session,
-            protocol=PROTOCOL,
-            software=SOFTWARE,
+            **self._software(),
             host=f"{socket.gethostname()} (process {os.getpid()})",
         )
+        sent = time.monotonic()
         result, _ = self._live.call("attach", self._attach_args, timeout=wait_s)
+        self._compare_clocks(sent, result)
         self._run, self._heard = result["job"]["run"], time.monotonic()
         return result
 
-    def keep(self, state: Callable[[], dict[str, Any]]) -> None:
-        """Send heartbeats with `state()` from now on."""
-        self._state = state
+    def keep(self, state: Callable[[], dict[str, Any]], on_answer: Callable[[], None]) -> None:
+        """Send heartbeats from now on, some with `state()`; `on_answer()` is called at each answer."""
+        self._state, self._on_answer = state, on_answer
         self._thread.start()
 
     @property
@@ -112,15 +121,52 @@ class Link:
 
     def observe(self, args: dict[str, Any], arrays: dict[str, np.ndarray]) -> Future:
         """Ask for a chunk."""
-        return self._live.submit("observe", {**args, **self._me()}, arrays)
+        digests = self._told.keep(frames.split(arrays))
+        future = self._live.submit("observe", {**args, **self._me()}, arrays)
+
+        def note(done: Future) -> None:
+            if not done.cancelled() and done.exception() is None:
+                self._told.answered(digests)
+
+        future.add_done_callback(note)
+        return future
 
     def forget(self, future: Future) -> None:
         """A chunk that nobody waits for any more."""
         self._live.forget(future)
 
-    def segment(self, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-        """Hand a segment over; the answer is the replay service's own acknowledgement."""
-        return self._bulk.call("segment", {**header, **self._me()}, arrays, timeout=30.0)[0]
+    def segment(
+        self, sequence: int, data: bytes, stop: threading.Event | None = None
+    ) -> dict[str, Any]:
+        """Hand over a segment (`robot_bridge.parts`), without the frames that the gateway still has from questions; the
+        answer is the replay service's own acknowledgement. DeadlineError when `stop` is set meanwhile."""
+        known = self._told.known()
+        thin = recent.thin(data, known) if known else None
+        if thin is not None:
+            result = self._send(sequence, thin, stop)
+            if "missing" not in result:
+                self.spared_bytes += len(data) - len(thin)
+                return result
+            self._told.clear()  # it was started anew
+        return self._send(sequence, data, stop)
+
+    def _send(self, sequence: int, data: bytes, stop: threading.Event | None) -> dict[str, Any]:
+        """In pieces so small that what is live does not wait for long."""
+        offset, total, digest = 0, len(data), recent.digest_of(data)
+        while stop is None or not stop.is_set():
+            size = parts.piece(self._rate)
+            args = {"sequence": sequence, "offset": offset, "total": total, "digest": digest}
+            array = np.frombuffer(data, np.uint8, min(size, total - offset), offset)
+            began = time.monotonic()
+            args.update(self._me())
+            result = self._bulk.call("segment", args, {"data": array}, timeout=30.0)[0]
+            self.sent_bytes += len(array)
+            rate = len(array) / max(time.monotonic() - began, 1e-4)
+            self._rate = 0.7 * self._rate + 0.3 * rate
+            if "offset" not in result:
+                return result
+            offset = int(result["offset"])
+        raise DeadlineError("the upload was stopped")
 
     def close(self, finished: dict[str, Any] | None = None) -> None:
         """Detach and hang up."""
@@ -136,16 +182,27 @@ class Link:
         self._live.close()
         self._bulk.close()
 
+    def _software(self) -> dict[str, Any]:
+        return {"protocol": PROTOCOL, "software": SOFTWARE, "package": distribution()}
+
     def _me(self) -> dict[str, Any]:
         return {"name": self.name, "session": self.session}
 
     def _beat(self) -> None:
+        told, known = 0.0, ""
         while not self._stop.wait(self._heartbeat_s):
             try:
-                args = {"state": self._state(), **self._me()}
+                args: dict[str, Any] = self._me()
+                state, now = self._state(), time.monotonic()
+                # All of it is ten times as long as the rest: now and then, and when something has changed.
+                if now - told > STATE_S or state["doing"] != known:
+                    args, told, known = {"state": state, **args}, now, state["doing"]
+                sent = time.monotonic()
                 result, _ = self._live.call("heartbeat", args, timeout=self._link_s)
+                self._compare_clocks(sent, result)
                 self.wishes = Wishes(**{name: result[name] for name in Wishes._fields})
                 self._heard = time.monotonic()
+                self._on_answer()
             except DeadlineError:
                 pass  # `connected` tells
             except Rejected as error:
@@ -155,6 +212,10 @@ class Link:
                 self._attach_again()
             except RemoteError as error:
                 log.warning("heartbeat: %s", error)
+
+    def _compare_clocks(self, sent: float, result: dict[str, Any]) -> None:
+        if "time" in result:  # a gateway of before does not tell
+            self.offset.hear(sent, time.monotonic(), float(result["time"]))
 
     def _attach_again(self) -> None:
         """The gateway came back or took us for gone: go on where we were."""
@@ -205,7 +266,9 @@ class Uploader:
 
     def _send(self, sequence: int) -> tuple[bool, str]:
         try:
-            result = self._link.segment(*self._spool.read(sequence))
+            self._spool.read(sequence)  # a damaged one is set aside here, not refused over there
+            data = self._spool.data(sequence)
+            result = self._link.segment(sequence, data, self._stop)
         except Rejected as error:
             if str(error).startswith(NOT_ATTACHED):
                 return False, str(error)

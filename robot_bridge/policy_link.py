@@ -91,7 +91,11 @@ class PolicyLink:
 
     def results(self, since: int = 0) -> list[dict[str, Any]]:
         """Finished episodes with `number` above `since`: robot, item (index in the list, -1 for none), start
-        ("LIST.NUMBER"), success, steps, return, takeovers, seconds, version, truncated, configuration, ..."""
+        ("LIST.NUMBER"), success, steps, return, takeovers, seconds, version, truncated, configuration, ...
+
+        Where `invalid` is not empty it says what cut the episode that was no fault of the policy (a camera, a reflex, a stop):
+        it is no failure and must not be counted; in a list of order "each" its start is played again.
+        """
         return self._client.call("results", {"since": since})[0]["results"]
 
     def robots(self) -> tuple[list[dict[str, Any]], dict[str, bytes]]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import struct
 import threading
 import uuid
 from pathlib import Path
@@ -21,11 +20,11 @@ from typing import Any, Dict, Tuple
 
 import numpy as np
 
+from robot_bridge import parts
 from twinrl.core import wire
-from twinrl.core.errors import ConfigError, WireError
+from twinrl.core.errors import ConfigError
 
 Entry = Tuple[Dict[str, Any], Dict[str, np.ndarray]]  # header, arrays
-_COUNT, _LENGTH = struct.Struct("<I"), struct.Struct("<Q")
 
 
 class Spool:
@@ -105,7 +104,11 @@ class Spool:
 
     def read(self, sequence: int) -> Entry:
         """A kept segment; WireError if its file is damaged."""
-        return _read(self._path(sequence))
+        return wire.unpack(parts.split(self.data(sequence), str(self._path(sequence))))
+
+    def data(self, sequence: int) -> bytes:
+        """A kept segment as it lies in its file (`robot_bridge.parts`)."""
+        return self._path(sequence).read_bytes()
 
     def remove(self, sequence: int) -> None:
         """The service has acknowledged it."""
@@ -157,31 +160,12 @@ class Spool:
 
 
 def _write(path: Path, header: dict[str, Any], arrays: dict[str, np.ndarray]) -> int:
-    frames = wire.pack(header, arrays)
+    data = parts.join(wire.pack(header, arrays))
     with path.open("wb") as file:
-        file.write(_COUNT.pack(len(frames)))
-        file.write(b"".join(_LENGTH.pack(len(frame)) for frame in frames))
-        for frame in frames:
-            file.write(frame)
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
-        return file.tell()
-
-
-def _read(path: Path) -> Entry:
-    data = memoryview(path.read_bytes())
-    try:
-        (count,) = _COUNT.unpack_from(data)
-        lengths = [_LENGTH.unpack_from(data, 4 + 8 * i)[0] for i in range(count)]
-    except struct.error as error:
-        raise WireError(f"{path} is damaged: {error}") from None
-    position, frames = 4 + 8 * count, []
-    for length in lengths:
-        frames.append(data[position : position + length])
-        position += length
-    if position != len(data):
-        raise WireError(f"{path} is damaged: {len(data)} bytes, should be {position}")
-    return wire.unpack(frames)
+    return len(data)
 
 
 def _read_json(path: Path, default: dict[str, Any]) -> dict[str, Any]:

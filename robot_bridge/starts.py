@@ -53,11 +53,12 @@ class Starts:
         """The start was played; its index in the present list, -1 if it is not from there."""
         return self._given.pop(name, -1)
 
-    def give_back(self, name: str) -> None:
-        """The start was not played: its robot left. Another may have it."""
+    def give_back(self, name: str) -> int:
+        """The start was not played: its robot left, or a fault spoilt it. Another may have it; as `done`."""
         index = self._given.pop(name, -1)  # -1: of an older list
         if self._order == "each" and index >= 0:
             self._waiting.insert(0, index)
+        return index
 
     def state(self) -> dict[str, Any]:
         """For the disk."""

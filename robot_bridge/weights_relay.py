@@ -56,6 +56,10 @@ class WeightsRelay:
         self._encoder = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._counts: collections.Counter = collections.Counter()
 
+    def newest(self) -> int:
+        """The newest version that the learner has published, -1 for none."""
+        return self._slots.newest()
+
     def offer(self, args: dict[str, Any]) -> Future:
         """What a member should fetch; the Future gives the answer."""
         asked = _Asked(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import zmq
 
-from robot_bridge import protocol
+from robot_bridge import parts, protocol
 from robot_bridge.gateway import Gateway
 from robot_bridge.policy_link import PolicyLink
 from twinrl.core import wire
@@ -124,7 +124,9 @@ def requests(name: str):
     features = {"features": [6, ["side"], 16], "digest": protocol.features_of(SCHEMA).digest()}
     who = {**me, "kind": "point", "writer": writer, "host": "h"}
     state = {"doing": "idle", "totals": {"seconds": 1.0}, "estop_seen": 0}
-    segment = {"header": {"writer": writer, "sequence": 0}, "codec": "raw"}
+    kept = {"header": {"writer": writer, "sequence": 0}, "codec": "raw"}
+    data = np.frombuffer(parts.join(wire.pack(kept, {})), np.uint8)
+    segment = {"sequence": 0, "offset": 0, "total": len(data), "digest": bytes(16)}
     observe = {
         "episode": f"{writer}-0",
         "step": 0,
@@ -139,7 +141,7 @@ def requests(name: str):
         "heartbeat": ("robot", {**me, "state": state}, {}),
         "episode": ("robot", {**me, "timeout": 0.0, "finished": finished}, {}),
         "observe": ("robot", {**me, **observe}, seen),
-        "segment": ("robot", {**me, **segment}, {}),
+        "segment": ("robot", {**me, **segment}, {"data": data}),
         "detach": ("robot", {**me, "state": state, "finished": finished}, {}),
         "weights_offer": ("robot", {"newer_than": -1, "have": [1, 2], "timeout": 0.0}, {}),
         "weights_chunk": ("robot", {"etag": "x", "offset": 0, "bytes": 10}, {}),

@@ -21,6 +21,7 @@ from robot_bridge import protocol
 from robot_bridge.gateway import Gateway
 from robot_bridge.link import Link
 from robot_bridge.policy_link import PolicyLink
+from robot_bridge.unit import NOT_REACHED
 from twinrl.core import segment
 from twinrl.core.errors import DeadlineError, Rejected, RemoteError
 from twinrl.core.keys import Keys, allowed_publics, create_keys
@@ -201,6 +202,9 @@ def test_round_trip(stage, codec):
     for name, (part,) in episodes.items():
         columns = part.columns
         assert part.steps == 24 and part.header["source"] == "real"
+        # Both sides have the same clock here: it is found, as well as the header says.
+        off, give_or_take = part.header["clock_offset_s"], part.header["clock_uncertainty_s"]
+        assert abs(off) <= give_or_take + 1e-4 and give_or_take < 0.1
         assert columns["truncated"].tolist() == [False] * 23 + [True]
         np.testing.assert_array_equal(columns["observation.state"][:, 4], np.arange(25))
         assert columns["policy_version"].tolist() == [VERSION] * 24
@@ -279,16 +283,17 @@ def test_takeover_is_flagged(stage):
     stage.act()
     options = ["--operator", "scripted", "--takeovers", "1", "--operator-option", "stuck_after=5"]
     finish(stage.attach("--speed", "50", "--episodes", "2", *options))
-    first, second = (parts[0] for parts in check_exactly_once(stage.replay.segments).values())
-    flags = first.columns["intervention"]
-    assert flags.any() and not flags[:5].any() and flags[np.argmax(flags) :].all()
-    assert first.columns["success"][-1] and first.columns["terminated"][-1]
-    np.testing.assert_array_equal(first.columns["policy_action"][flags][:, :3], 0)
-    assert (np.linalg.norm(first.columns["action"][flags][:, :3], axis=1) > 0).all()
-    assert (first.columns["policy_version"][flags] == -1).all()
-    assert (first.columns["chunk_id"][flags] == -1).all()
-    assert first.columns["chunk_step"].tolist() == [0]  # the second chunk was cut by the person
-    assert not second.columns["intervention"].any()
+    first, second = check_exactly_once(stage.replay.segments).values()
+    before, after = (part.columns for part in first)  # cut where the person took over
+    assert not before["intervention"].any() and after["intervention"].all()
+    assert len(before["action"]) == 5
+    assert after["success"][-1] and after["terminated"][-1]
+    np.testing.assert_array_equal(after["policy_action"][:, :3], 0)
+    assert (np.linalg.norm(after["action"][:, :3], axis=1) > 0).all()
+    assert (after["policy_version"] == -1).all() and (after["chunk_id"] == -1).all()
+    assert before["chunk_step"].tolist() == [0]  # the second chunk was cut by the person
+    assert "chunk_step" not in after
+    assert len(second) == 1 and not second[0].columns["intervention"].any()
     row = stage.row()
     assert row["takeovers"] == 1 and row["episodes"] == 2
 
@@ -315,8 +320,8 @@ def test_rejections_carry_the_cure(stage):
         with pytest.raises(Rejected, match="pip install 'twinrl=="):
             stranger.attach(5, **{**good, "digest": "other"})
         for change in ({"protocol": 99}, {"software": "9.9.0"}):
-            args = {**good, "name": "b", "session": "s", "host": "h", "protocol": 1}
-            args = {**args, "software": protocol.SOFTWARE, **change}
+            args = {**good, "name": "b", "session": "s", "host": "h"}
+            args |= {"protocol": protocol.PROTOCOL, "software": protocol.SOFTWARE, **change}
             with pytest.raises(Rejected, match="pip install 'twinrl=="):
                 stranger._live.call("attach", args, timeout=5)
         # A robot's key opens the robot's methods only, and the other way round.
@@ -346,7 +351,7 @@ def test_wrong_key_never_gets_in(stage, tmp_path):
         timeout=20,
         check=False,
     )
-    assert process.returncode == 1
+    assert process.returncode == NOT_REACHED
     assert "robot.key" in process.stderr and "Traceback" not in process.stderr
     assert stage.link.robots()[0] == []
 
@@ -363,7 +368,7 @@ def test_unknown_names_are_suggested(keys, tmp_path, capsys):
         (["--robot", "point", *key, "--name", "../up"], "letters, digits"),
         (["--robot", "point", *key, "--wait", "0.3"], "no answer from tcp://127.0.0.1:1"),
     ):
-        assert attach_module.main([*arguments, *more]) == 1
+        assert attach_module.main([*arguments, *more]) in (1, NOT_REACHED)
         assert message in capsys.readouterr().err
 
 
@@ -394,7 +399,7 @@ def test_killed_bridge_resends(stage):
 def test_gateway_restart(stage):
     """The arm holds while the gateway is away, comes back by itself, and loses nothing."""
     policy = stage.act()
-    stage.attach("--speed", "8", "--link-timeout", "0.5", "--codec", "raw")
+    stage.attach("--speed", "8", "--codec", "raw")
     wait_until(lambda: len(stage.replay.segments) >= 1, 15, "a first episode")
     minutes = stage.row()["minutes"]
     stage.gateway.close()
@@ -418,7 +423,7 @@ def test_gateway_restart(stage):
 def test_silent_policy_holds_and_recovers(stage):
     """No chunk: the arm stands still; a chunk again: the same episode goes on; silence for long: truncated."""
     policy = stage.act()
-    options = ["--watchdog", "0.2", "--give-up", "2.5", "--robot-option", "steps=60"]
+    options = ["--give-up", "2.5", "--robot-option", "steps=60"]
     process = stage.attach("--speed", "5", *options)
 
     def playing(number: int) -> bool:

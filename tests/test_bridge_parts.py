@@ -7,11 +7,15 @@ import pytest
 
 from robot_bridge import frames
 from robot_bridge.clock import RobotClock
+from robot_bridge.control import Executed, Plan
 from robot_bridge.desk import Desk
 from robot_bridge.driver import Outcome, make_driver
-from robot_bridge.operator import Moment, ScriptedOperator, make_operator
+from robot_bridge.episodes import Episodes
+from robot_bridge.leases import Robot
+from robot_bridge.operator import Moment, make_operator
+from robot_bridge.operators.scripted import ScriptedOperator
 from robot_bridge.protocol import make_job
-from robot_bridge.recorder import Plan, Recorder, Seen, Step
+from robot_bridge.recorder import Recorder, Seen
 from robot_bridge.spool import Spool
 from robot_bridge.starts import Starts
 from twinrl.core.codec import Encoded
@@ -37,6 +41,22 @@ def seen(step):
     return Seen(np.full(2, step, np.float32), {"observation.images.side": image})
 
 
+def executed(t, action, outcome, plan=None, index=-1, refused=False):
+    return Executed(
+        action=action,
+        policy_action=action,
+        intervention=plan is None,
+        plan=plan,
+        index=index,
+        refused=refused,
+        causes=(),
+        timestamp=0.1 * (t + 1),
+        outcome=outcome,
+        view=None,
+        skew=0.0,
+    )
+
+
 def record(steps, plan_of, outcome_of=None, refused=()):
     """An episode of `steps`; `plan_of(t)` gives (plan, index) or None where a person acted."""
     recorder = Recorder(HEADER, "raw")
@@ -45,8 +65,10 @@ def record(steps, plan_of, outcome_of=None, refused=()):
         recorder.see(seen(t))
         plan, index = plan_of(t) or (None, -1)
         action = np.full(7, t, np.float32)
-        step = Step(action, action, plan is None, plan, index, t in refused, 0.1 * (t + 1))
-        recorder.step(step, outcome_of(t) if outcome_of else Outcome())
+        done = executed(
+            t, action, outcome_of(t) if outcome_of else Outcome(), plan, index, t in refused
+        )
+        recorder.step(done)
     return recorder
 
 
@@ -113,9 +135,12 @@ def test_chunks_with_a_person_or_a_refusal_have_no_row():
     plan_of = plans()
     recorder = record(16, lambda t: None if 5 <= t < 8 else plan_of(t), refused={9})
     recorder.truncate()
-    (part,) = segments(recorder, 16)
-    assert part.columns["chunk_step"].tolist() == [0, 12]
-    assert part.columns["policy_version"].tolist() == [5] * 5 + [-1] * 3 + [5] * 8
+    parts = segments(recorder, 16)
+    assert [part.steps for part in parts] == [5, 3, 8]  # cut where hands change
+    starts = [part.columns.get("chunk_step", np.array([], int)).tolist() for part in parts]
+    assert starts == [[0], [], [4]]
+    versions = np.concatenate([part.columns["policy_version"] for part in parts])
+    assert versions.tolist() == [5] * 5 + [-1] * 3 + [5] * 8
 
 
 def entry(value):
@@ -222,13 +247,14 @@ def test_hostile_frames_are_refused():
 def test_scripted_operator_steps_in_when_needed():
     """Slow or stuck: takes over until the episode's end, and not more often than it may."""
     driver = make_driver("point")
-    driver.connect(make_job(SCHEMA, JOB))
+    driver.connect(make_job(SCHEMA, JOB), 1.0)
     driver.reset(None, "id")
+    commanded = np.zeros(6)
 
     def first_step(operator, path):
         operator.begin()
         acted = [
-            operator.act(Moment(t, np.array(place), driver)) is not None
+            operator.act(Moment(t, np.array(place), driver, commanded)) is not None
             for t, place in enumerate(path)
         ]
         return acted.index(True) if True in acted else None
@@ -270,6 +296,28 @@ def test_starts_are_given_once_each():
     assert {again.draw()["region"] for _ in range(5)} == {"ood"}
     with pytest.raises(WireError, match="random, each"):
         again.replace([], "backwards", {})
+
+
+def test_an_episode_that_does_not_count_is_played_again():
+    """A fault that was none of the policy's: no failure in the robot's success, and the start goes to whoever asks."""
+    episodes = Episodes({}, lambda robot: "")
+    episodes.starts.replace([{"object": [i]} for i in range(2)], "each", {})
+    arm = Robot("arm")
+    arm.attached = True
+
+    def play(number, **result):
+        start = episodes.ask(arm, 1.0).result(0)["start"]
+        told = {"start": start["id"], "episode": f"arm-{number}", "success": False, **result}
+        episodes.finish(arm, told)
+        episodes.finish(arm, told)  # it may tell twice
+        return start["item"]
+
+    assert [play(0, invalid="camera 'side' is dark"), play(1, invalid="a reflex")] == [0, 0]
+    assert arm.results == [] and arm.describe()["success"] is None
+    assert [play(2, success=True, invalid=""), play(3)] == [0, 1]
+    assert arm.results == [True, False]
+    assert [r["item"] for r in episodes.results] == [0, 0, 0, 1]
+    assert "each start" in episodes.ask(arm, -1.0).result(0)["wait"]
 
 
 def test_bare_configurations_keep_their_region():
@@ -326,3 +374,16 @@ def test_clock_counts_the_robots_own_time():
     assert clock.seconds < 6.5
     with pytest.raises(ValueError, match="speed"):
         RobotClock(0.0)
+
+
+def test_each_opening_and_closing_of_the_gripper_costs_what_the_run_says():
+    """From an open gripper: what was executed counts, and a person's verdict keeps it."""
+    recorder = Recorder(HEADER, "raw", toggle=-0.5)
+    for t, opening in enumerate([1.0, 0.9, 0.0, 0.2, 1.0]):
+        recorder.see(seen(t))
+        action = np.array([0, 0, 0, 0, 0, 0, opening], np.float32)
+        recorder.step(executed(t, action, Outcome(reward=0.1)))
+    recorder.see(seen(5))
+    recorder.conclude(True)
+    ((_, columns),) = recorder.entries()
+    np.testing.assert_allclose(columns["reward"], [0.1, 0.1, -0.4, 0.1, 0.5], atol=1e-6)

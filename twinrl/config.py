@@ -15,10 +15,12 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
+    model_validator,
 )
 
 from twinrl.core.codec import check_codec
 from twinrl.core.errors import ConfigError
+from twinrl.core.gripper import GripperKind
 
 
 class Section(BaseModel):
@@ -168,6 +170,28 @@ class ReplayConfig(Section):
     )
 
 
+class GripperConfig(Section):
+    """How the twins' gripper takes commands: as the arm's does (docs/robots.md)."""
+
+    kind: Literal["binary", "continuous"] = Field(
+        "continuous", description="binary: open or closed, with hysteresis"
+    )
+    close_below: float = Field(0.4, gt=0, lt=1, description="binary: closes when less is wanted")
+    open_above: float = Field(0.6, gt=0, lt=1, description="binary: opens when more is wanted")
+    step: float = Field(0.0, ge=0, le=1, description="continuous: smaller changes are no command")
+    busy_s: float = Field(
+        0.0, ge=0, lt=10, description="after a command the next one waits so long, s"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> GripperConfig:
+        try:
+            GripperKind(**self.model_dump()).checked()
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
 class TwinsConfig(Section):
     """Simulated twin environments."""
 
@@ -185,6 +209,7 @@ class TwinsConfig(Section):
         "full",
         description="domain randomisation in stage 2: none, full, or the scale of each change from 0 to 1",
     )
+    gripper: GripperConfig = GripperConfig()
     device: str = Field(
         "cpu",
         description="cpu or cuda: where images are traced, and with backend mujoco-warp everything is computed; "
@@ -269,6 +294,12 @@ class RealRlConfig(Section):
     takeovers: int = Field(30, ge=0, description="takeovers a scripted operator may make")
     updates_per_step: float = Field(0.5, gt=0, description="updates for each real control step")
     publish_every: int = Field(50, ge=1, description="updates between published versions")
+    max_lag: int = Field(
+        10,
+        ge=0,
+        description="versions that the policy acting for the arms may be behind before the next one waits, 10 s at most; "
+        "below the arms' `--max-lag`",
+    )
     mix: dict[str, float] = Field(
         {"demo": 0.25, "twin": 0.25, "real": 0.5}, description="batch shares by source"
     )
@@ -322,6 +353,17 @@ class StandInConfig(Section):
     attach: bool = Field(True, description="attach one from this machine in stage 3")
     speed: float = Field(6.0, gt=0, description="its clock, 1 = real time")
     operator: Literal["scripted", "none"] = Field("scripted", description="who takes over")
+    limits: dict[str, float] = Field(
+        default={
+            "speed": 0.3,
+            "step_rad": 0.2,
+            "turn_speed": 2.0,
+            "lead_m": 0.15,
+            "joint_speed": 6.0,
+            "force_n": 60.0,
+        },
+        description="of its safety filter, where they differ from a real arm's: as fast as the twins' actions are",
+    )
 
 
 class DashboardConfig(Section):

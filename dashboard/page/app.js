@@ -3,8 +3,9 @@
 import { Chart, redraw, setView } from "./chart.js";
 import { element, number, percent } from "./format.js";
 import {
-  coarse, drawEvaluations, drawEvents, drawFigures, drawProcesses, drawRobots, drawStages, WORLDS,
+  coarse, drawEvaluations, drawEvents, drawFigures, drawProcesses, drawStages, WORLDS,
 } from "./panels.js";
+import { drawRobots } from "./robots.js";
 import { changes, combine, Store } from "./store.js";
 
 const $ = (id) => document.getElementById(id);
@@ -28,6 +29,7 @@ const charts = {
   size: new Chart($("chart-size"), { min: 0, stacked: true }),
   updates: new Chart($("chart-updates"), { min: 0 }),
   version: new Chart($("chart-version"), { step: true, format: whole }),
+  interventions: new Chart($("chart-interventions"), { format: percent, min: 0, max: 1, step: true }),
   lag: new Chart($("chart-lag"), { min: 0, step: true, format: whole }),
 };
 const losses = new Map();
@@ -59,6 +61,10 @@ function drawCharts() {
     ...actors(/policy\/version/).map((each) => ({ ...each, dash: true })),
   ]);
   charts.success.set(successSeries());
+  const helped = store.find("", /robot\/([^/]+)\/intervention_rate/).map(({ groups, points }) => ({ name: groups[1], points }));
+  const whole = store.find("", /gateway\/intervention_rate/).map(({ points }) => ({ label: "all robots", color: "text", points, dash: true }));
+  $("interventions-panel").hidden = !helped.length;
+  charts.interventions.set([...named(helped), ...(helped.length > 1 ? whole : [])]);
   drawLosses();
 }
 

@@ -11,6 +11,7 @@ from learner.algorithms.sft import ImitationData
 from learner.dataset import CLONED_SHARES, windows
 from learner.features import FeatureCache, with_ids
 from learner.learner import Learner
+from learner.pace import HOLD_SECONDS, Pace
 from learner.settings import make_settings
 from twinrl.core.segment import Segment
 
@@ -30,12 +31,15 @@ def real_rl(
     batch_size: int,
     mix: dict[str, float],
     options: dict[str, Any],
+    max_lag: int = 10,
+    hold_s: float = HOLD_SECONDS,
 ) -> dict[str, Any]:
     """ChunkQ from checkpoint `start` until stopped; checkpoint `name`.
 
     `updates_per_step` updates are made for each real transition, however fast the arm's clock runs: a fast
     simulated arm gives the learner no extra time, and a slow learner makes them after the arm has left. The
-    `offline_updates` of `options` come before, on demonstrations and twin data.
+    `offline_updates` of `options` come before, on demonstrations and twin data. While the policy that acts for the arms is
+    more than `max_lag` versions behind, a version waits, for `hold_s` seconds at most (learner/pace.py).
     """
     resumed = learner.has(f"{name}-running")
     state = learner.restore(f"{name}-running" if resumed else start)
@@ -46,9 +50,10 @@ def real_rl(
         algorithm.load_state_dict(state["chunk_q"])
     imitation = _Imitation(learner, people_only=config.improvement == "none")
     learner.publish()
+    pace = Pace(max_lag, hold_s)
     with Prefetcher(reader, batch_size, mix=mix, chunk=algorithm.window) as batches:
         updates, due = _train(
-            learner, algorithm, imitation, batches, name, updates_per_step, publish_every
+            learner, algorithm, imitation, batches, name, updates_per_step, publish_every, pace
         )
     learner.publish()
     learner.save(name, {"chunk_q": algorithm.state_dict()})
@@ -63,6 +68,7 @@ def _train(
     name: str,
     updates_per_step: float,
     publish_every: int,
+    pace: Pace,
 ) -> tuple[int, int]:
     """Update until the stage is stopped; returns how many updates were made in all, and how many were due."""
     updates, saved, leaving = algorithm.step, time.monotonic(), None
@@ -74,6 +80,9 @@ def _train(
             leaving = leaving or time.monotonic()
             if updates >= due or time.monotonic() - leaving > DRAIN_SECONDS:
                 break
+        if pace.publishes(learner.acting_lag):
+            learner.publish()
+            learner.held_versions = pace.held
         if updates >= due:
             time.sleep(IDLE)
             continue
@@ -83,7 +92,7 @@ def _train(
         updates += 1
         learner.note(metrics, updates / max(due, 1))
         if updates % publish_every == 0:
-            learner.publish()
+            pace.due()
         if time.monotonic() - saved > CHECKPOINT_SECONDS or learner.checkpoint_asked():
             saved = time.monotonic()
             learner.save(f"{name}-running", {"chunk_q": algorithm.state_dict()})

@@ -6,33 +6,44 @@ pixel of a frame is the step's number.
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
 
-from robot_bridge.driver import Driver, Observation, Outcome
+from robot_bridge.driver import Commanded, Driver, Frame, Outcome
 from robot_bridge.protocol import Job
-from twinrl.core.segment import IMAGE_PREFIX
+from robot_bridge.safety import Measured
+from twinrl.core.spec import Dimension
 
 HOME = (0.45, 0.0, 0.2)  # m
 GOAL, CLOSE = (0.6, 0.1, 0.1), 0.02  # m, where an episode succeeds
+
+
+STATE = ("tcp_x", "tcp_y", "tcp_z"), ("gripper", "step", "episode")
 
 
 class PointDriver(Driver):
     """Succeeds within 2 cm of a goal; truncates after `steps`."""
 
     kind = "point"
-    state_names = ("tcp_x", "tcp_y", "tcp_z", "gripper", "step", "episode")
+    simulated = True
+    tolerance = None
+    dimensions = (
+        *(Dimension(name, "m", "base") for name in STATE[0]),
+        *(Dimension(name, "1", "") for name in STATE[1]),
+    )
 
-    def __init__(self, steps: int = 24, reset_seconds: float = 0.5) -> None:
-        self.reset_seconds = float(reset_seconds)
+    def __init__(self, steps: int = 24, reset_seconds: float = 0.5, rate_hz: float = 100.0) -> None:
+        self.reset_seconds, self.rate_hz = float(reset_seconds), float(rate_hz)
         self.steps = int(steps)
-        self._position, self._gripper = np.array(HOME), 1.0
+        self._pose, self._gripper = np.array([*HOME, 0.0, 0.0, 0.0]), 1.0
         self._step = self._episode = 0
 
-    def connect(self, job: Job) -> None:
+    def connect(self, job: Job, speed: float) -> None:
         """Take the job's cameras and image size."""
         self.cameras, self.image_size = tuple(job.schema.cameras), job.schema.image_size
+        self.lockstep = speed > 1.0
 
     def disconnect(self) -> None:
         """Nothing to leave."""
@@ -40,38 +51,38 @@ class PointDriver(Driver):
     def reset(self, configuration: dict[str, Any] | None, region: str) -> dict[str, Any]:
         """Go to `configuration["start"]`, home without."""
         configuration = dict(configuration or {"start": list(HOME)}, region=region)
-        self._position = np.array(configuration.get("start", HOME), float)
+        self._pose = np.array([*configuration.get("start", HOME), 0.0, 0.0, 0.0])
         self._step, self._gripper = 0, 1.0
         self._episode += 1
         return configuration
 
-    def read(self) -> Observation:
-        """Where it is, and frames that show the step's number."""
-        size = (self.image_size, self.image_size, 3)
-        state = [*self._position, self._gripper, self._step, self._episode]
-        frames = {
-            IMAGE_PREFIX + name: np.full(size, self._step % 256, np.uint8) for name in self.cameras
-        }
-        return {"observation.state": np.array(state, np.float32), **frames}
+    def measure(self) -> Measured:
+        """Where it is."""
+        return Measured(time.monotonic(), self._pose.copy(), np.zeros(0), 0.08 * self._gripper)
 
-    def command(self, action: np.ndarray) -> np.ndarray:
+    def servo(self, pose: np.ndarray, gripper: float) -> None:
         """Move at once."""
-        self._position = self._position + action[:3]
-        self._gripper = float(action[6])
-        self._step += 1
-        return np.asarray(action, np.float32)
+        self._pose, self._gripper = np.array(pose), float(gripper)
 
-    def judge(self) -> Outcome:
+    def frames(self) -> dict[str, Frame]:
+        """Frames that show the step's number."""
+        size = (self.image_size, self.image_size, 3)
+        image = np.full(size, self._step % 256, np.uint8)
+        return {name: Frame(time.monotonic(), image) for name in self.cameras}
+
+    def state(self, measured: Measured, commanded: Commanded) -> np.ndarray:
+        """Position, gripper, step and episode."""
+        numbers = [*measured.pose[:3], self._gripper, self._step, self._episode]
+        return np.array(numbers, np.float32)
+
+    def ended(self, action: np.ndarray) -> Outcome:
         """Success at the goal."""
-        success = bool(np.linalg.norm(self._position - GOAL) < CLOSE)
+        self._step += 1
+        success = bool(np.linalg.norm(self._pose[:3] - GOAL) < CLOSE)
         return Outcome(float(success), success, not success and self._step >= self.steps, success)
 
-    def tool(self) -> np.ndarray:
-        """Where it is."""
-        return self._position.copy()
-
-    def expert(self, noise: float) -> np.ndarray:
+    def expert(self, noise: float, commanded: np.ndarray) -> np.ndarray:
         """Straight to the goal."""
-        move = np.subtract(GOAL, self._position)
+        move = np.subtract(GOAL, commanded[:3])
         move *= min(1.0, 0.03 / max(float(np.linalg.norm(move)), 1e-9))
         return np.array([*move, 0, 0, 0, 1], np.float32)

@@ -42,6 +42,7 @@ OPTIONAL_STEP_COLUMNS = {
         "<f4",
         (7,),
     ),  # what the policy wanted where a person or the filter overruled it
+    "skew": ("<f4", ()),  # s from the oldest image to the arm's own measurement, of the step's end
 }
 HEADER_FIELDS = {
     "source": str,  # one of SOURCES
