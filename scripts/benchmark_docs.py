@@ -11,7 +11,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # benchmarks are no package of the distribution
 
-from benchmarks import envs, inference, learner  # noqa: E402
+from benchmarks import envs, inference, learner, robot_loop  # noqa: E402
 from benchmarks.replay_bench.bench import Row  # noqa: E402
 from benchmarks.replay_bench.figures import CALM, FIGURES, medians  # noqa: E402
 
@@ -95,6 +95,8 @@ Written by `scripts/benchmark_docs.py` from `benchmarks/results/`: measure again
 | `python -m benchmarks.envs --device cuda` | the same environments on a GPU | `envs_cuda.json` |
 | `python -m benchmarks.learner --full` | training, fed by the replay service beside a bare loop; each size of policy | `learner.json` |
 | `python -m benchmarks.inference` | a policy in each rollout actor beside a shared one | `inference.json` |
+| `python -m benchmarks.robot_loop` | an arm's control loop: its pace, its limits, and what a failure of anything around it does | `robot_loop.json` |
+| `python -m benchmarks.rough_link` | minutes of an arm over lost, doubled, reordered and late packets: [robots](robots.md); the exit status says whether all was well | |
 
 Each takes `--quick` (some minutes at most) and `--json FILE`; `make bench` runs the quick forms of all. The replay's peers
 run in environments of their own: `make peers` builds them (1.4 GB); without them their rows are left out. One group of
@@ -189,6 +191,18 @@ bfloat16.
 and simulate nothing in between. Latency is what the caller sees.
 """
 
+ROBOT_METHOD = """## How the robot's loop is measured
+
+Replay service, gateway, policy, `twinrl attach` and the stand-in arm are processes on one machine; the arm is attached over TCP
+through a proxy that cuts, delays and slows. The arm runs in real time and has two cameras of 64x64; it is asked for 100
+set-points a second, by chunks of two control steps. Its process writes each set-point that reaches it into a log, with the time at
+which it was sent: pace, limits and rest are read from there, and not from what the bridge says of itself. `watchdog_ms` is the
+bridge's own time of the hold. Segments are lost if the spool has numbered them and the replay service has not got them, or if an episode has
+a gap. Kills are SIGKILL. In `attach` a point stands for the arm, which needs no simulator to start; in `adversarial` the arm waits for each
+set-point, and its limits have a box of their own in its way. The longest of several repetitions is shown, but for pace (percentiles)
+and attaching (the median). No physical arm was measured.
+"""
+
 
 def page() -> str:
     """The page's text."""
@@ -220,18 +234,25 @@ def page() -> str:
     if asked:
         parts += ["", "## Inference\n", "See [inference](inference.md).\n", *_environment(asked)]
         parts += _figures(inference.FIGURES, asked)
+    arm = _load("robot_loop")
+    if arm:
+        parts += ["", "## Robots\n", "See [robots](robots.md).\n", *_environment(arm)]
+        parts += _figures(robot_loop.FIGURES, arm)
     parts += ["", METHOD, *([ENVS_METHOD] if found else [])]
-    parts += [*([LEARNER_METHOD] if trained or asked else []), *_missed()]
+    parts += [*([LEARNER_METHOD] if trained or asked else [])]
+    parts += [*([ROBOT_METHOD] if arm else []), *_missed()]
     return "\n".join(parts).rstrip() + "\n"
 
 
 def missed() -> list[str]:
     """Keys whose goals the committed results miss."""
     goals = {figure.key: figure.goal for figure in FIGURES} | {key: g for key, _, g in WEIGHTS}
-    goals |= {figure.key: figure.goal for figure in (*envs.FIGURES, *learner.FIGURES)}
+    goals |= {
+        figure.key: figure.goal for figure in (*envs.FIGURES, *learner.FIGURES, *robot_loop.FIGURES)
+    }
     found = {
         key: value
-        for name in ("replay", "weights", "envs", "learner")
+        for name in ("replay", "weights", "envs", "learner", "robot_loop")
         for key, value in _load(name).get("figures", {}).items()
     }
     return [key for key, goal in goals.items() if key in found and not _reached(found[key], goal)]
@@ -268,9 +289,12 @@ def _environment(report: dict[str, Any]) -> list[str]:
         seconds = sum(g.get("took_s", 0.0) for g in groups.values())
         text += f", {seconds / 60:.0f} minutes." if seconds else "."
         others = sorted(row["others"] for row in report["rows"] if "others" in row)
-        quiet = sum(each <= CALM for each in others) / len(others)
-        text += f" Other programs used {others[len(others) // 2]:.2f} cores in the middle phase"
-        text += f" ({quiet:.0%} of the phases were quiet, see below)."
+        if others:
+            quiet = sum(each <= CALM for each in others) / len(others)
+            text += f" Other programs used {others[len(others) // 2]:.2f} cores in the middle phase"
+            text += f" ({quiet:.0%} of the phases were quiet, see below)."
+        else:
+            text += f" Load of the machine at the start: {machine['load']:g}."
     elif "load" in machine:
         text += f" Load of the machine at the start: {machine['load']:g}."
     return [text + "\n"]
@@ -298,7 +322,8 @@ def _table(lines: list[tuple[str, str, str, str]], report: dict[str, Any]) -> li
 def _figures(figures: list[Any], report: dict[str, Any]) -> list[str]:
     """The table of those figures that there are: which, depends on the machine."""
     known = [figure for figure in figures if figure.goal or figure.key in report["figures"]]
-    return _table([(f.key, f.text, f.goal, f"`--rows {f.rows}`") for f in known], report)
+    rows = {f: "all of it" if f.rows == "all" else f"`--rows {f.rows}`" for f in known}
+    return _table([(f.key, f.text, f.goal, rows[f]) for f in known], report)
 
 
 def _device(report: dict[str, Any]) -> list[str]:

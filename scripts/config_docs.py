@@ -38,12 +38,15 @@ twinrl launch configs/tiny.yaml 'real_rl.mix={demo: 0.3, twin: 0.2, real: 0.5}' 
 
 def page() -> str:
     """The page's text."""
-    parts = [HEAD, *_section("Top level", "", Config)]
-    for name, field in Config.model_fields.items():
+    return "\n".join([HEAD, *_section("Top level", "", Config), *_parts("", Config)])
+
+
+def _parts(prefix: str, model: type[Section]) -> Iterator[str]:
+    for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
-            parts += _section(f"`{name}`", f"{name}.", kind)
-    return "\n".join(parts)
+            yield from _section(f"`{prefix}{name}`", f"{prefix}{name}.", kind)
+            yield from _parts(f"{prefix}{name}.", kind)
 
 
 def _section(title: str, prefix: str, model: type[Section]) -> Iterator[str]:

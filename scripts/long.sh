@@ -17,4 +17,5 @@ part() {  # NAME COMMAND...
 part fuzz env TWINRL_LONG=1 "$BIN/python" -m pytest tests/test_replay_fuzz.py tests/test_bridge_fuzz.py
 part crash env TWINRL_LONG=1 "$BIN/python" -m pytest tests/test_replay_crash.py tests/test_buffer_shards.py tests/test_replay_hostile.py
 part resets env TWINRL_LONG=1 "$BIN/python" -m pytest -s tests/test_twins_recovery.py
+part link "$BIN/python" -m benchmarks.rough_link --minutes "${LINK_MINUTES:-10}"
 part seeds "$BIN/python" -m experiments.demo_seeds "$@"  # goes on with the seeds that are not done
