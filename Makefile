@@ -6,11 +6,11 @@ BIN    := $(VENV)/bin
 TORCH  ?= auto
 STAMP  := $(VENV)/.installed
 
-.PHONY: setup demo test long lint format bench peers clean
+.PHONY: setup demo test long lint format bench peers robot-bundle clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 setup: $(STAMP)  ## create .venv, install the pinned dependencies, warm kernel caches
 
@@ -39,6 +39,9 @@ bench: setup  ## quick forms of all benchmarks
 peers: setup  ## environments of the systems that benchmarks.replay compares with (1.4 GB)
 	@PROJECT_PYTHON="$(abspath $(BIN))/python" sh benchmarks/peers/build.sh
 
+robot-bundle: setup  ## twinrl-robot with all that it needs in one file, for a robot's PC without internet
+	@$(BIN)/python scripts/robot_bundle.py $(ARGS)
+
 clean:  ## remove what was built; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) build dist *.egg-info packaging/robot/build packaging/robot/*.egg-info .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -not -path './runs/*' -prune -exec rm -rf {} +

@@ -19,6 +19,9 @@ PACKAGES = (
 # Pretrained vision-language models and what reads their weights; the small policy needs none of it.
 VLA = ["transformers>=5.23,<6"]
 
+# A SpaceMouse; a gamepad and the keyboard need nothing. The system's libhidapi-hidraw0 comes beside it.
+TELEOP = ["pyspacemouse>=2.1,<3"]
+
 setup(
     name="twinrl",
     version="0.1.0",
@@ -58,8 +61,10 @@ setup(
     ],
     extras_require={
         "vla": VLA,
+        "teleop": TELEOP,
         "dev": [
             *VLA,
+            *TELEOP,
             "pytest>=8",
             "pytest-timeout>=2.3",
             "ruff>=0.15",

@@ -89,6 +89,9 @@ def figures(role, name, minute):
             "robot/stand-in/episodes": int(max(0, minute - 18) * 5),
             "robot/stand-in/takeovers": int(max(0, minute - 18) * 1.1),
             "robot/stand-in/success": 0.82,
+            "robot/stand-in/intervention_rate": max(0.02, 0.4 * math.exp(-(minute - 18) / 4)),
+            "robot/stand-in/intervention_minutes": max(0.0, minute - 18) / 6,
+            "robot/stand-in/filter/step_m": 12,
             "robot/stand-in/cameras": "side,wrist",
         }
     stage = "sft" if minute < 6 else "stage2" if minute < 18 else "stage3"
@@ -173,6 +176,8 @@ class LiveRun:
         self.gateway = Server("gateway", "tcp://127.0.0.1:0", server_keys, allowed)
         self.gateway.bind("camera", lambda request: ({"time": time.time()}, {"jpeg": picture()}))
         self.gateway.bind("command", self._command)
+        row = {"attached": True, "state": "running", "hold": False, "shadow": False, "last": {}}
+        self.gateway.bind("robot", lambda request: {"robot": row})
         self.gateway.start()
         self.loop = asyncio.new_event_loop()
         self.serving = threading.Thread(target=self.loop.run_forever)

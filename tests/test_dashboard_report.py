@@ -64,6 +64,7 @@ def run_dir(tmp_path):
     folder = tmp_path / "pick-and-place"
     folder.mkdir()
     figures = {"wall_s": 1724.5, "robot_minutes": 8.25, "takeovers": 17}
+    figures.update(intervention_minutes=1.46, intervention_rate=0.183)
     with (folder / "evaluations.jsonl").open("w") as file:
         for i, stage in enumerate(STAGES):
             for world, region in PLACES:
@@ -123,6 +124,7 @@ def test_every_number_is_in_the_report(run_dir):
         "28:44",
         "8.25",
         "17",
+        "1.5 min, 18% of the arms' steps, by a person",
         "777",
         "12.5",
         COMMAND,

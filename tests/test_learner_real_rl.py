@@ -1,6 +1,8 @@
 """Stage 3 against a real replay service: updates are bound to the arm's steps, and it may imitate alone."""
 
+import importlib
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -103,6 +105,63 @@ def test_stage_3_makes_the_updates_that_are_due(bench, tmp_path, options):
     assert ("critic_loss" in learner._losses) == (options["improvement"] != "none")
     assert bool(learner.policy.one_step.active) == (options["improvement"] == "one_step")
     assert (int(learner.policy.candidates) > 1) == (options["improvement"] == "best_of_n")
+
+
+def test_publishing_slows_while_the_arms_policy_lags(bench, tmp_path, monkeypatch):
+    """Updates go on, a version waits; a deadline lets one go; when the lag is made up, every version goes again."""
+    monkeypatch.setattr(importlib.import_module("learner.stages.real_rl"), "DRAIN_SECONDS", 0.0)
+    bench.start(schema=SCHEMA)
+    writer = bench.writer(schema=SCHEMA)
+    for number in range(3):
+        writer.write(*episode(number, "demo"))
+        writer.write(*episode(number, "twin"))
+    writer.write(*episode(0, "real"))
+    writer.flush()
+    (tmp_path / "checkpoints").mkdir()
+    learner = Learner(
+        policy_config={**POLICY, "cameras": ()},
+        instruction="go",
+        checkpoints=tmp_path / "checkpoints",
+        make_reader=bench.reader,
+        make_reporter=lambda name, stats: Events(),
+        sink=Sink(),
+        seed=0,
+    )
+    learner.save("stage2")
+    options = {"improvement": "none", "offline_updates": 10**6}
+    arguments = {"start": "stage2", "name": "stage3", "updates_per_step": 0.5, "mix": MIX}
+    arguments |= {"publish_every": 1, "batch_size": 16, "options": options, "max_lag": 4}
+    thread = threading.Thread(target=lambda: learner.run("real_rl", **arguments, hold_s=0.5))
+    thread.start()
+
+    def grown(count):
+        """Versions published while `count` updates are made."""
+        version, updates = learner.version, learner._updates
+        wait_until(
+            lambda: learner._updates >= updates + count or not thread.is_alive(), 30, "updates"
+        )
+        assert thread.is_alive()
+        return learner.version - version
+
+    try:
+        wait_until(lambda: learner._updates > 3, 30, "the first updates")
+        learner.hear_lag(4)  # as far as it may
+        assert grown(10) >= 9 and learner.held_versions == 0
+        learner.hear_lag(5)
+        grown(2)
+        began, version = time.monotonic(), learner.version
+        wait_until(lambda: learner.held_versions >= 3, 30, "versions whose time was up")
+        assert time.monotonic() - began >= 2 * 0.5 - 0.1
+        assert learner.version - version <= 1 + (time.monotonic() - began) / 0.5
+        assert learner.stats()["learner/held_versions"] >= 3
+        assert learner.stats()["learner/acting_lag"] == 5
+        learner.hear_lag(0)
+        grown(2)
+        assert grown(10) >= 9
+    finally:
+        learner.stop()
+        thread.join(30)
+    assert not thread.is_alive()
 
 
 def test_twins_may_be_learned_from_off_policy(bench, tmp_path):

@@ -48,6 +48,7 @@ def test_the_import_rules_name_every_package():
         ("twinrl.main", {"torch", "ray", "mujoco", "pydantic", "aiohttp"}),
         ("robot_bridge.bridge", {"torch", "ray", "mujoco", "pydantic", "redis"}),
         ("robot_bridge.gateway", {"torch", "ray", "mujoco"}),
+        ("robot_bridge.teleop", {"torch", "ray", "mujoco", "pydantic", "redis", "pyspacemouse"}),
         ("buffer_service.service", {"torch", "ray", "mujoco"}),
         ("dashboard.server", {"torch", "ray", "mujoco"}),
         ("twins", {"torch", "ray"}),
