@@ -94,7 +94,7 @@ class Job:
                 "stand-in",
             ),
             *("--url", self.topology["gateway"]),
-            *("--key", str(self.run.keys_folder / "robot.key")),
+            *("--key", str(self.run.keys_folder / "robot.key"), "--robot-option", "rearm_s=2"),
             *("--speed", f"{stand_in.speed:g}", "--operator", stand_in.operator),
             *("--spool", str(self.run.path / "spool"), "--seed", str(seed)),
         ]

@@ -20,9 +20,11 @@ from deploy.run_folder import RunFolder
 from robot_bridge import rig
 from robot_bridge.protocol import make_job
 from robot_bridge.spool import Spool
+from robot_bridge.terminal import Terminal
 from twinrl.core.errors import ConfigError, TwinRLError
 from twinrl.core.spec import differences
 
+ALONE_S = 10.0  # of a stop without a terminal, which nobody can end
 EXAMPLES = """examples:
   twinrl run demo --robot sim --episodes 10                  # on the stand-in
   twinrl run demo --checkpoint stage2 --robot sim --speed 6 --region ood --episodes 50
@@ -45,7 +47,8 @@ def command(argv: list[str]) -> int:
     parser.add_argument("--region", choices=("id", "ood"), default="id", help="where starts lie")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     rig.add_arguments(parser)
-    parser.set_defaults(episodes=10)
+    # A stop that nobody can end would last for ever.
+    parser.set_defaults(episodes=10, alone_s=0.0 if Terminal.at_hand() else ALONE_S)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     try:

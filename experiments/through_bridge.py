@@ -35,7 +35,15 @@ def played(run: Path, checkpoint: str, region: str, episodes: int, *words: str) 
         command = [
             *(sys.executable, "-m", "twinrl.main", "run", str(run), "--checkpoint", checkpoint),
             *("--robot", "sim", "--region", region, "--episodes", str(episodes), "--seed", "5"),
-            *("--spool", f"{folder}/spool", "--json", str(out), *words),
+            *(
+                "--spool",
+                f"{folder}/spool",
+                "--json",
+                str(out),
+                "--robot-option",
+                "rearm_s=1",
+                *words,
+            ),
         ]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60 + 30 * episodes)
         if done.returncode:

@@ -42,6 +42,7 @@ class Settings(NamedTuple):
     give_up_s: float = 10.0  # an episode held for so long by link or policy is closed as truncated
     max_lag: int = 20  # versions that an acting policy may be behind the run's newest
     episodes: int = 0  # leave after so many, 0 = when told
+    alone_s: float = 0.0  # a stop of so long that nobody can end is an error; 0: somebody can
     drain_s: float = 3.0  # on leaving, wait so long for the replay service's acknowledgements
 
 
@@ -87,7 +88,7 @@ class Bridge:
         self._held_since: float | None = None  # by link or policy
         self._alarms = Alarms(watchdog.patience.skew_s)
         self._void = ""  # why the last episode counts for nothing
-        self._recovery = Recovery(driver, safety, watchdog, self._clock)
+        self._recovery = Recovery(driver, safety, watchdog, self._clock, settings.alone_s)
         self._finished: dict[str, Any] | None = None
         self._counts = dict.fromkeys(COUNTS, 0)
 
@@ -161,6 +162,7 @@ class Bridge:
         self._obey_cluster()
         ruling = self._watchdog.ask()
         self._operator.notice(ruling)
+        self._recovery.attend(ruling)
         reason = ruling.reason
         if not reason and self._spool.full:
             reason = f"the spool is full, nothing is acknowledged: {self._uploader.waits_for}"

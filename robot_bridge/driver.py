@@ -73,6 +73,7 @@ class Driver(abc.ABC):
     simulated = False  # nothing can be hurt
     terminal: Any = None  # of this PC, where a person can be asked; given before `connect`
     grip_limit_n = math.inf  # N
+    rearm_s = 0.0  # simulated: after a stop of so long it may move again by itself; 0: never
     lockstep = False  # simulated: its clock stands still between one `servo` and the next, which returns a tick later
 
     def limit_grip(self, force_n: float) -> None:

@@ -1,4 +1,7 @@
-"""After a reflex or the like: the arm is made to take set-points again and goes up slowly, a few times by itself."""
+"""After a reflex or the like: the arm is made to take set-points again and goes up slowly, a few times by itself.
+
+Then it is stopped until a person lets it move again; only of a simulated arm, beside which nobody stands, may time do that.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from robot_bridge.clock import RobotClock
 from robot_bridge.driver import Driver
 from robot_bridge.motion import between
 from robot_bridge.safety import SafetyFilter
-from robot_bridge.watchdog import ESTOP, STOPPED, Watchdog
+from robot_bridge.watchdog import ESTOP, STOPPED, Ruling, Watchdog
 from twinrl.core.errors import TwinRLError
 
 log = logging.getLogger(__name__)
@@ -25,10 +28,17 @@ class Recovery:
     """Called from the bridge's thread, while no episode runs."""
 
     def __init__(
-        self, driver: Driver, safety: SafetyFilter, watchdog: Watchdog, clock: RobotClock
+        self,
+        driver: Driver,
+        safety: SafetyFilter,
+        watchdog: Watchdog,
+        clock: RobotClock,
+        alone_s: float = 0.0,
     ) -> None:
+        """`alone_s`: where nobody is there to let a stopped arm move again, it is an error after so long; 0: somebody is."""
         self._driver, self._safety, self._watchdog, self._clock = driver, safety, watchdog, clock
         self._done: Deque[float] = collections.deque(maxlen=RECOVERIES)
+        self._alone_s, self._stopped = alone_s, math.inf
 
     def after(self, fault: str) -> None:
         """Clear `fault`, unless that was done too often; where that fails the arm is stopped."""
@@ -45,6 +55,24 @@ class Recovery:
             self.retreat()
         except TwinRLError as error:
             self._watchdog.stop(f"{fault}; {error}")
+
+    def attend(self, ruling: Ruling) -> None:
+        """Called while no episode runs: what becomes of an arm that stays stopped.
+
+        TwinRLError where nobody can let it move again.
+        """
+        if ruling.state not in (STOPPED, ESTOP):
+            self._stopped = math.inf
+            return
+        self._stopped = min(self._stopped, time.monotonic())
+        waited, alone = time.monotonic() - self._stopped, self._driver.rearm_s
+        if self._driver.simulated and ruling.state == STOPPED and 0.0 < alone < waited:
+            log.warning("nobody stands beside a simulated arm: it may move again")
+            self._watchdog.rearm()
+        elif 0.0 < self._alone_s < waited:
+            raise TwinRLError(
+                f"{ruling.reason}. There is no terminal from which to let the arm move again (u)"
+            )
 
     def retreat(self, height_m: float = 0.05, speed: float = 0.05) -> None:
         """Slowly straight up: away from whatever made the arm refuse to move."""

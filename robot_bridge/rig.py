@@ -39,6 +39,7 @@ class Rig(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the arm."""
+    parser.set_defaults(alone_s=0.0)
     add = parser.add_argument
     pair: dict[str, Any] = {"action": "append", "default": [], "metavar": "KEY=VALUE"}
     add(
@@ -196,6 +197,7 @@ def _settings(
         max_lag=arguments.max_lag,
         give_up_s=arguments.give_up,
         episodes=1 if arguments.once else arguments.episodes,
+        alone_s=arguments.alone_s,
     )
     period = 1.0 / (job.control_hz * scale)
     safety = SafetyFilter(rig.limits, driver.rate_hz, period, driver.joint_range, driver.frame)

@@ -23,6 +23,7 @@ from robot_bridge.safety import SafetyFilter
 from robot_bridge.spool import Spool
 from robot_bridge.watchdog import Patience, Watchdog
 from twinrl.core import wire
+from twinrl.core.errors import TwinRLError
 from twinrl.core.segment import Schema
 from twinrl.core.sockets import wait_until
 
@@ -72,7 +73,7 @@ class Person(Operator):
 
 
 class Stage:
-    def __init__(self, folder, speed=1.0, **options):
+    def __init__(self, folder, speed=1.0, alone_s=0.0, **options):
         self.inject, self.log = folder / "inject", folder / "arm.log"
         self.arm = make_driver(
             "sim", reset_seconds=0.2, inject=str(self.inject), log=str(self.log), **options
@@ -86,12 +87,19 @@ class Stage:
         self.watchdog = Watchdog(Patience(plan_s=0.4, camera_s=0.5), linked=False)
         spool = Spool(folder / "spool", "arm")
         spool.open("r")
-        settings = Settings(speed=speed, codec="raw", drain_s=1.0)
+        settings = Settings(speed=speed, codec="raw", drain_s=1.0, alone_s=alone_s)
         self.bridge = Bridge(
             *(self.link, self.arm, self.person, self.safety, self.watchdog, spool, job, settings)
         )
-        self._thread = threading.Thread(target=self.bridge.run)
+        self.error = ""
+        self._thread = threading.Thread(target=self._run)
         self._thread.start()
+
+    def _run(self):
+        try:
+            self.bridge.run()
+        except TwinRLError as error:
+            self.error = str(error)
 
     def say(self, **what):
         with self.inject.open("a") as file:
@@ -266,6 +274,28 @@ def test_reflexes_are_recovered_from_three_times(make):
         ]
     path = s.rows(sim_arm.SENT)["setpoint"][:, 2]
     assert np.diff(path).max() <= 0.05 / s.arm.rate_hz + Limits().speed / s.arm.rate_hz
+
+
+def test_an_arm_with_nobody_beside_it_goes_on_or_ends(make):
+    """A stop waits for a person; a simulated arm may move again by itself, and without any terminal it is an error."""
+    s = make(speed=6.0, rearm_s=0.3)
+    episode = s.moving()["episode"]
+    s.watchdog.stop("look at the arm")
+    assert s.moving(episode)["totals"]["stops"] == 1
+    s.watchdog.estop("the operator's key")
+    s.state(doing="stopped")
+    time.sleep(0.8)
+    assert s.watchdog.ask().state == "estop", "an emergency stop is released by a person only"
+
+
+def test_a_stop_that_nobody_can_end_is_an_error(make):
+    s = make(speed=6.0, alone_s=0.3)
+    s.moving()
+    s.watchdog.stop("look at the arm")
+    wait_until(lambda: s.error, 20.0, "an error")
+    assert s.error == (
+        "stopped: look at the arm. There is no terminal from which to let the arm move again (u)"
+    )
 
 
 def test_an_arm_that_falls_silent_is_a_fault(make):

@@ -44,11 +44,15 @@ class SimDriver(Driver):
         reality_seed: int | None = None,
         log: str = "",
         inject: str = "",
+        rearm_s: float = 0.0,
     ) -> None:
-        """`reality`: a JSON or YAML file of numbers that differ from the stand-in's, or from those that `reality_seed` draws."""
+        """`reality`: a JSON or YAML file of numbers that differ from the stand-in's, or from those that `reality_seed` draws.
+
+        `rearm_s`: after a stop of so long it may move again by itself, for nobody stands beside it; 0: never.
+        """
         self._options: dict[str, Any] = {"seed": int(seed), "threads": int(threads)}
         self._options.update(log=log, inject=inject)
-        self._task, self.reset_seconds = task, float(reset_seconds)
+        self._task, self.reset_seconds, self.rearm_s = task, float(reset_seconds), float(rearm_s)
         if reality:
             self._options["reality"] = _read(reality)
         if reality_seed is not None:
