@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from dashboard.statistics import wilson
+from deploy.results import machine
 from twinrl.config import load_config
 
 REGIONS = ("id", "ood")
@@ -99,7 +100,8 @@ def main(argv: list[str] | None = None) -> None:
             add(row, region, played(arguments.run, arguments.checkpoint, region, count, *words))
     if arguments.json:
         command = f"python -m experiments.through_bridge {shlex.join(argv or sys.argv[1:])}"
-        arguments.json.write_text(json.dumps({"command": command, "cells": cells}, indent=1) + "\n")
+        content = {"machine": machine(), "command": command, "cells": cells}
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
