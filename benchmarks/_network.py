@@ -17,6 +17,8 @@ import sys
 import threading
 import time
 
+from benchmarks._slow_link import connections
+
 BUFFER = 32 << 10
 PIECE = 4 << 10
 
@@ -74,19 +76,8 @@ class Network:
 
     def serve(self, listener: socket.socket, target_port: int) -> None:
         """Forward every connection, for ever."""
-        while True:
-            near, _ = listener.accept()
-            try:
-                far = socket.create_connection(("127.0.0.1", target_port), timeout=5)
-            except OSError:
-                near.close()
-                continue
-            far.settimeout(None)
-            for end in (near, far):
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
-                end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
-                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                self.sockets.append(end)
+        for near, far in connections(listener, target_port, BUFFER):
+            self.sockets += (near, far)
             for direction, pair in enumerate(((near, far), (far, near))):
                 args = (*pair, direction)
                 threading.Thread(target=self.forward, args=args, daemon=True).start()

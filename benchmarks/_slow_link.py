@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 BUFFER = 64 << 10
 BURST = 0.02  # s
@@ -35,8 +36,10 @@ def forward(source: socket.socket, target: socket.socket, rate: float) -> None:
             end.shutdown(socket.SHUT_RDWR)
 
 
-def serve(listener: socket.socket, target_port: int, rate: float) -> None:
-    """Forward every connection, for ever."""
+def connections(
+    listener: socket.socket, target_port: int, buffer: int
+) -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Each connection that comes, and one of its own to the target; `buffer` bytes at each socket. For ever."""
     while True:
         near, _ = listener.accept()
         try:
@@ -46,9 +49,15 @@ def serve(listener: socket.socket, target_port: int, rate: float) -> None:
             continue
         far.settimeout(None)
         for end in (near, far):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER)
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, buffer)
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        yield near, far
+
+
+def serve(listener: socket.socket, target_port: int, rate: float) -> None:
+    """Forward every connection, for ever."""
+    for near, far in connections(listener, target_port, BUFFER):
         for pair in ((near, far), (far, near)):
             threading.Thread(target=forward, args=(*pair, rate), daemon=True).start()
 

@@ -78,12 +78,10 @@ def _run(arguments: argparse.Namespace) -> int:
     arm = rig.make_rig(arguments, linked=False)
     rig.listen(arm, arguments)
     link = LocalLink("arm", infer, job.schema.image_size, arguments.region, arguments.episodes)
-    connected = False
     with tempfile.TemporaryDirectory(prefix="twinrl-run-") as folder:
         spool = Spool(Path(folder), "arm")
         spool.open(job.run)
         try:
-            connected = True
             arm.driver.connect(job, arguments.speed)
             table = differences(arm.driver.dimensions, job.dimensions)
             if table:
@@ -94,8 +92,7 @@ def _run(arguments: argparse.Namespace) -> int:
             rig.make_bridge(arm, link, spool, job, arguments).run()
         finally:
             arm.operator.close()
-            if connected:
-                arm.driver.disconnect()
+            arm.driver.disconnect()
             spool.close()
     judged = link.judged
     if not judged:

@@ -23,7 +23,7 @@ from robot_bridge.eyes import Eyes, View
 from robot_bridge.motion import between
 from robot_bridge.operator import Moment, Operator
 from robot_bridge.safety import Measured, SafetyFilter, Verdict
-from robot_bridge.watchdog import HOLDING, MOVING, Ruling, Watchdog
+from robot_bridge.watchdog import HOLDING, MOVING, Ruling, Watchdog, obey
 
 log = logging.getLogger(__name__)
 PAUSE = 0.05  # s between looks while there is nothing to do
@@ -414,15 +414,5 @@ class ControlLoop:
 
     def _obey(self) -> None:
         for said in self._operator.marks():
-            mark, _, reason = said.partition(":")
-            if mark == "stop":
-                self._watchdog.stop(reason or "the operator's stop key")
-            elif mark == "estop":
-                self._watchdog.estop("the operator's key")
-            elif mark == "release":
-                self._watchdog.release()
-            elif mark == "rearm":
-                if not self._watchdog.rearm():
-                    log.warning("not rearmed: the emergency stop has to be released first")
-            else:
-                self.marks.put(mark)
+            if not obey(said, self._watchdog):
+                self.marks.put(said.partition(":")[0])

@@ -23,7 +23,7 @@ from robot_bridge.protocol import Job
 from robot_bridge.recorder import Seen
 from robot_bridge.safety import SafetyFilter
 from robot_bridge.spool import Spool
-from robot_bridge.watchdog import ESTOP, HOLDING, STOPPED, Watchdog, heed
+from robot_bridge.watchdog import ESTOP, HOLDING, STOPPED, Watchdog, heed, obey
 
 LOOK = 0.02  # s between looks at what is wanted
 SHADOW = "shadow"  # what a robot does that only shows what the policy plans
@@ -90,7 +90,7 @@ class Shadow:
 
     def _look(self) -> None:
         for mark in self._operator.marks():
-            self._obey(mark)
+            obey(mark, self._watchdog)  # what else it says is of episodes, and there is none
         self._estop_seen = heed(self._link.wishes, self._watchdog, self._estop_seen)
         ruling = self._watchdog.ask()
         self._operator.notice(ruling)
@@ -101,15 +101,6 @@ class Shadow:
             self._stand(HOLDING, self._pilot.reason)
         if ruling.may_move and self._pilot.may_ask and time.monotonic() >= self._due:
             self._ask()
-
-    def _obey(self, mark: str) -> None:
-        """What the person at the robot says; there is no episode to be judged."""
-        if mark == "estop":
-            self._watchdog.estop("the operator's key")
-        elif mark == "release":
-            self._watchdog.release()
-        elif mark == "rearm":
-            self._watchdog.rearm()
 
     def _ask(self) -> None:
         """For a chunk from here: the commanded pose is where the arm stands."""

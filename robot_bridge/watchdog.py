@@ -168,3 +168,20 @@ def heed(wishes: Any, watchdog: Watchdog, estop_seen: int) -> int:
     wish = "held from the cluster" if wishes.hold else ""
     watchdog.wish("the run is paused" if wishes.paused and not wish else wish)
     return estop_seen
+
+
+def obey(said: str, watchdog: Watchdog) -> bool:
+    """Hand on what the operator says, "MARK" or "stop:REASON"; False where it says nothing of stops."""
+    mark, _, reason = said.partition(":")
+    if mark == "stop":
+        watchdog.stop(reason or "the operator's stop key")
+    elif mark == "estop":
+        watchdog.estop("the operator's key")
+    elif mark == "release":
+        watchdog.release()
+    elif mark == "rearm":
+        if not watchdog.rearm():
+            log.warning("not rearmed: the emergency stop has to be released first")
+    else:
+        return False
+    return True

@@ -27,9 +27,7 @@ log = logging.getLogger(__name__)
 
 JOINT_NOISE = 0.06  # rad, standard deviation of the arm's start
 SUCCESS = "success"  # the reward's sparse term
-TOGGLE = (
-    "toggle"  # 1 in each step that opens or closes the gripper; a job gives it a weight below 0
-)
+TOGGLE = "toggle"  # its term for each opening and closing of the gripper, a cost by its weight
 ACTION_STREAM, STATE_STREAM = 0, 1  # of the noise
 FARTHEST, FASTEST = 10.0, 1000.0  # m, m/s or rad/s: beyond these a simulation has diverged
 MakeSimulation = Callable[..., Simulation]
